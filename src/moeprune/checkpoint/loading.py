@@ -1,0 +1,108 @@
+"""From a checkpoint directory to a model in memory, on the device there is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from moeprune.checkpoint import modelling
+from moeprune.checkpoint.files import CheckpointFiles
+from moeprune.checkpoint.identity import fingerprint
+from moeprune.checkpoint.layout import Layout, find_layout
+from moeprune.errors import InputError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint directory. Nothing is read before it is asked for.
+
+    Attributes:
+        directory: a local directory with `config.json`, safetensors files and, where text is to be read, a tokenizer.
+        trust_remote_code: whether modelling code found in the checkpoint may run. The file that moeprune itself puts into a
+            non-uniformly pruned checkpoint runs without it, as long as it is, byte for byte, the one we write.
+    """
+
+    directory: Path
+    trust_remote_code: bool = False
+
+    @cached_property
+    def files(self) -> CheckpointFiles:
+        return CheckpointFiles(self.directory)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """Raises InputError where there is no readable config of a known architecture."""
+        if not (self.directory / "config.json").is_file():
+            raise InputError(f"{self.directory} is not a checkpoint: it has no config.json")
+        try:
+            return AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        except (ValueError, OSError, json.JSONDecodeError) as error:
+            raise InputError(f"the config of {self.directory} cannot be read: {_first_line(error)}") from error
+
+    @cached_property
+    def layout(self) -> Layout:
+        return find_layout(self.config, self.files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.files, self.layout)
+
+    @cached_property
+    def experts_per_layer(self) -> dict[str, int]:
+        """Routed experts in each layer, whether the checkpoint is an original, uniformly or non-uniformly pruned."""
+        own = modelling.experts_per_layer(self.config)
+        return own or {name: layer.experts for name, layer in self.layout.layers.items()}
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises InputError where the checkpoint has none."""
+        try:
+            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise InputError(f"{self.directory} has no readable tokenizer: {_first_line(error)}") from error
+
+    def load(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
+        """Load the model for inference.
+
+        Args:
+            dtype: of the weights in memory; by default that of the device (`default_dtype`).
+            device: by default the one there is (`default_device`).
+
+        Raises:
+            InputError: the weights cannot be loaded, or do not all fit the architecture.
+        """
+        _ = self.files.entries  # names a missing or damaged shard before anything is built
+        trusted = self.trust_remote_code or modelling.is_ours(self.directory)
+        device = device or default_device()
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.directory,
+                dtype=dtype or default_dtype(device),
+                trust_remote_code=trusted,
+                output_loading_info=True,
+            )
+        except (ValueError, OSError, RuntimeError, KeyError) as error:
+            raise InputError(f"{self.directory} cannot be loaded: {_first_line(error)}") from error
+        absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        if absent:
+            raise InputError(f"{self.directory} does not fit its architecture; missing or misshapen: {', '.join(absent[:3])}")
+        return model.to(device).eval()
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, otherwise the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU; float32 on a CPU, where few processors multiply bfloat16 faster."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

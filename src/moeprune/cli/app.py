@@ -1,0 +1,291 @@
+"""The commands, their options and their help. What they do is in `steps`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import moeprune
+from moeprune.clusters import ALGORITHMS
+from moeprune.errors import MoepruneError
+from moeprune.methods import METHODS
+from moeprune.places import REFERENCE_MODEL
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Make a Mixture-of-Experts LLM smaller for a domain, and prove what it kept. MODEL is a local directory, an s3:// address, a hub "
+    f"id or {REFERENCE_MODEL}; DATA is JSONL, plain text or Parquet in the same places, a hub data set id, or builtin://code, "
+    "builtin://prose, builtin://arithmetic (held-out texts: builtin://code/held-out). Several sources, separated by commas, are mixed "
+    "in equal shares.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help="the original model")]
+DataOption = Annotated[str, typer.Option("--data", metavar="DATA", help="text of the domain to prune for")]
+StatsOption = Annotated[str, typer.Option("--stats", metavar="FILE", help="Stats, from `moeprune calibrate`")]
+PlanOption = Annotated[str, typer.Option("--plan", metavar="FILE", help="the Plan, from `moeprune plan`")]
+FieldOption = Annotated[str, typer.Option(help="field of JSONL or Parquet that holds the text")]
+BlockOption = Annotated[int, typer.Option(help="tokens per block; texts are joined and cut into blocks")]
+BatchOption = Annotated[int, typer.Option(help="blocks per forward pass")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run modelling code that the model brings along")]
+RatioOption = Annotated[float, typer.Option("--ratio", help="fraction of the routed experts to remove, at least 0 and below 1")]
+MethodOption = Annotated[
+    str, typer.Option("--method", help="; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()))
+]
+SettingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="an option of the method, repeatable; "
+        + "; ".join(
+            f"{method.name}: {name} ({field.description}; default {field.default})"
+            for method in METHODS.values()
+            for name, field in method.options.model_fields.items()
+        ),
+    ),
+]
+
+
+def _options(settings: list[str] | None) -> dict[str, Any]:
+    pairs = [setting.partition("=") for setting in settings or []]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise typer.BadParameter(f"{name!r} is not of the form NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+@app.command()
+def calibrate(
+    model: ModelOption,
+    data: DataOption,
+    out: Annotated[str, typer.Option(metavar="FILE", help="where to write the Stats")],
+    text_field: FieldOption = "text",
+    block_tokens: BlockOption = 256,
+    max_blocks: Annotated[int, typer.Option(help="blocks to read at most")] = 128,
+    batch_blocks: BatchOption = 8,
+    groups: Annotated[int, typer.Option(help="groups of blocks that vote on C-Prune's clusters, each for itself")] = 8,
+    shard: Annotated[int, typer.Option(help="which shard of the data to take, from 0")] = 0,
+    shards: Annotated[int, typer.Option(help="how many shards there are; `merge-stats` adds them up")] = 1,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Run DATA through MODEL once and take down what its experts do (Stats)."""
+    from moeprune import steps
+
+    stats = steps.calibrate(
+        model,
+        data,
+        out,
+        text_field=text_field,
+        block_tokens=block_tokens,
+        max_blocks=max_blocks,
+        batch_blocks=batch_blocks,
+        groups=groups,
+        shard=shard,
+        shards=shards,
+        trust_remote_code=trust_remote_code,
+    )
+    console.print(f"{out}: {len(stats.layers)} MoE layers over {stats.tokens:,} tokens")
+
+
+@app.command()
+def merge_stats(
+    parts: Annotated[list[str], typer.Argument(metavar="STATS...", help="Stats of shards or of several data sets, same model")],
+    out: Annotated[str, typer.Option(metavar="FILE", help="where to write their sum")],
+) -> None:
+    """Add Stats up: the sum is what one calibration over all the data would have given."""
+    from moeprune import steps
+
+    stats = steps.merge_stats(parts, out)
+    console.print(f"{out}: {stats.tokens:,} tokens from {len(parts)} files")
+
+
+@app.command()
+def cluster(
+    stats: StatsOption,
+    out: Annotated[str, typer.Option(metavar="FILE", help="where to write the Clusters")],
+    algorithm: Annotated[str, typer.Option(help=f"one of {', '.join(ALGORITHMS)}")] = "ward",
+    clusters_per_layer: Annotated[int, typer.Option(help="0: 12 for every 64 experts")] = 0,
+) -> None:
+    """Group the experts of each layer by what they put out (Clusters)."""
+    from moeprune import steps
+
+    clusters = steps.cluster(stats, out, algorithm=algorithm, clusters_per_layer=clusters_per_layer)
+    console.print(f"{out}: {clusters.clusters_per_layer} clusters in each of {len(clusters.layers)} layers")
+
+
+@app.command()
+def plan(
+    method: MethodOption,
+    ratio: RatioOption,
+    stats: StatsOption,
+    out: Annotated[str, typer.Option(metavar="FILE", help="where to write the Plan (JSON)")],
+    clusters: Annotated[str | None, typer.Option(metavar="FILE", help="Clusters; made on the way where not given")] = None,
+    settings: SettingOption = None,
+) -> None:
+    """Decide which experts stay (a Plan, to read, edit and apply)."""
+    from moeprune import steps
+
+    decided = steps.plan(method, ratio, stats, out, clusters=clusters, options=_options(settings))
+    counts = decided.experts_per_layer.values()
+    console.print(f"{out}: removes {decided.removed:.1%} of the experts; layers keep {min(counts)} to {max(counts)}")
+
+
+@app.command()
+def apply(
+    model: ModelOption,
+    plan: PlanOption,
+    out: Annotated[str, typer.Option(metavar="DIR", help="where to write the pruned model")],
+    shard_megabytes: Annotated[int, typer.Option(min=1, help="largest file to write, and about the memory this takes")] = 1024,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Carry out a Plan: write the pruned model."""
+    from moeprune import steps
+
+    pruned = steps.apply(model, plan, out, shard_bytes=shard_megabytes << 20, trust_remote_code=trust_remote_code)
+    needs_code = ""
+    if len(set(pruned.experts_per_layer.values())) > 1:
+        needs_code = "; layers differ, so load it with trust_remote_code=True"
+    console.print(f"{out}: written{needs_code}")
+
+
+@app.command()
+def distill(
+    teacher: Annotated[str, typer.Option(metavar="MODEL", help="the original model")],
+    student: Annotated[str, typer.Option(metavar="MODEL", help="the pruned model")],
+    plan: PlanOption,
+    data: DataOption,
+    out: Annotated[str, typer.Option(metavar="DIR", help="where to write the recovered model")],
+    text_field: FieldOption = "text",
+    block_tokens: BlockOption = 256,
+    max_blocks: Annotated[int, typer.Option(help="blocks to read at most")] = 384,
+    batch_blocks: BatchOption = 8,
+    learning_rate: Annotated[float, typer.Option(help="peak of the learning rate")] = 1e-3,
+    epochs: Annotated[int, typer.Option(min=1, help="times that each block is seen")] = 1,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Teach the pruned model's MoE blocks to answer as the original's do."""
+    from moeprune import steps
+
+    result = steps.distill(
+        teacher,
+        student,
+        plan,
+        data,
+        out,
+        text_field=text_field,
+        block_tokens=block_tokens,
+        max_blocks=max_blocks,
+        batch_blocks=batch_blocks,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        trust_remote_code=trust_remote_code,
+    )
+    before, after = (sum(errors.values()) / len(errors) for errors in (result.error_before, result.error_after))
+    console.print(f"{out}: mean error of the blocks' outputs on held-out text {before:.3f} -> {after:.3f} of their variance")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        list[str], typer.Option(metavar="[NAME=]MODEL", help="repeatable; the original first. Without a name: original, then the directory's")
+    ],
+    data: Annotated[list[str], typer.Option(metavar="DATA", help="repeatable; the pruned-for domain first")],
+    out: Annotated[str, typer.Option(metavar="FILE", help="where to write the Report (JSON)")],
+    page: Annotated[str | None, typer.Option(metavar="FILE", help="where to write its page (HTML)")] = None,
+    clusters: Annotated[str | None, typer.Option(metavar="FILE", help="Clusters of the original, to show on the page")] = None,
+    text_field: FieldOption = "text",
+    block_tokens: BlockOption = 256,
+    max_blocks: Annotated[int, typer.Option(help="blocks of each text at most")] = 32,
+    batch_blocks: BatchOption = 8,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Measure models on the same texts: quality per domain, size, memory, speed (a Report)."""
+    from moeprune import steps
+    from moeprune.evaluation.table import show
+
+    report = steps.evaluate(
+        [_named(place, given) for place, given in enumerate(model)],
+        data,
+        out,
+        page_out=page,
+        clusters=clusters,
+        text_field=text_field,
+        block_tokens=block_tokens,
+        max_blocks=max_blocks,
+        batch_blocks=batch_blocks,
+        trust_remote_code=trust_remote_code,
+    )
+    show(report, console)
+    console.print(f"{out}: written" + (f", and its page {page}" if page else ""))
+
+
+def _named(place: int, given: str) -> Any:
+    from moeprune.steps.evaluate import Named
+
+    name, equals, address = given.partition("=")
+    if equals:
+        return Named(name, address)
+    return Named("original" if place == 0 else given.rstrip("/").rpartition("/")[2], given)
+
+
+@app.command()
+def promote(
+    report: Annotated[str, typer.Option(metavar="FILE", help="the Report that measured the model")],
+    model: Annotated[str, typer.Option(metavar="MODEL", help="the checkpoint to register")],
+    name: Annotated[str, typer.Option(help="of the registered model")],
+    candidate: Annotated[str, typer.Option(help="its name in the Report; default: the one that the Report is about")] = "",
+    max_loss_increase: Annotated[float, typer.Option(metavar="NATS", help="most it may lose on the pruned-for domain, per token")] = 0.25,
+    alias: Annotated[str, typer.Option(help="moved to the new version")] = "champion",
+) -> None:
+    """Register the model in MLflow if it lost little enough. Exit code 3 where it did not."""
+    from moeprune import steps
+
+    verdict = steps.promote(
+        report, model, name, candidate=candidate, max_loss_increase_nats=max_loss_increase, alias=alias
+    )
+    console.print(verdict.sentence)
+    if not verdict.passed:
+        raise typer.Exit(3)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods and their options."""
+    for method in METHODS.values():
+        console.print(f"[bold]{method.name}[/]  {method.summary}")
+        for name, field in method.options.model_fields.items():
+            console.print(f"    --set {name}={field.default}  {field.description}", highlight=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(moeprune.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run a command; an error that the user can mend is one sentence on standard error, not a traceback."""
+    try:
+        app(standalone_mode=True)
+    except MoepruneError as error:
+        sys.stderr.write(f"moeprune: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("moeprune: interrupted; nothing was left half-written\n")
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,13 @@
+"""What can be wrong with what a user gave us. Each message says what was wrong, where, and what to do."""
+
+
+class MoepruneError(Exception):
+    """Base of every error that is the caller's to mend; the command line prints it as one sentence, without a traceback."""
+
+
+class InputError(MoepruneError):
+    """A model, data set, option or artifact cannot be used as it is."""
+
+
+class ServiceError(MoepruneError):
+    """A service that was asked for (MLflow, S3, the Hugging Face hub) cannot be reached or refuses."""

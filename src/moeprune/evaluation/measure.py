@@ -1,0 +1,123 @@
+"""Measure one checkpoint: how well it predicts text, how fast, in how much memory.
+
+Every model is measured in a process of its own, so that no model's memory is another's. The processes are forked from a server that
+has the libraries loaded, and count only what comes on top.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from moeprune.checkpoint.loading import Checkpoint
+from moeprune.errors import InputError
+from moeprune.evaluation.report import Quality
+from moeprune.statistics.observer import ExpertsCall, observe
+from moeprune.texts import Blocks
+
+BATCH_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's figures; `expert_use` is the share of routed tokens by data set, layer and expert."""
+
+    quality: dict[str, Quality]
+    peak_memory_bytes: int
+    tokens_per_second: float
+    expert_use: dict[str, dict[str, list[float]]]
+
+
+def measure(
+    checkpoint: Checkpoint, data: list[Blocks], *, with_expert_use: bool = False, batch_blocks: int = BATCH_BLOCKS
+) -> Measured:
+    """Measure a checkpoint in a process of its own.
+
+    Raises:
+        InputError: it cannot be loaded or run.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moeprune.evaluation.measure", "transformers.generation"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_measure_here, checkpoint, data, with_expert_use, batch_blocks, torch.get_num_threads()).result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"measuring {checkpoint.directory} ended without a result; most likely memory ran out: use smaller batches"
+            ) from error
+
+
+def _measure_here(
+    checkpoint: Checkpoint, data: list[Blocks], with_expert_use: bool, batch_blocks: int, threads: int
+) -> Measured:
+    torch.set_num_threads(threads)
+    transformers_logging.disable_progress_bar()
+    baseline = _peak_memory_bytes()
+    model = checkpoint.load()
+    quality: dict[str, Quality] = {}
+    speeds: list[float] = []
+    with torch.inference_mode():
+        # The first pass pays for allocations and kernel choices; it is not timed.
+        model(input_ids=data[0].ids_BS[:batch_blocks].to(model.device), use_cache=False)
+        for blocks in data:
+            quality[blocks.name] = _quality(model, blocks, batch_blocks, speeds)
+        peak = _peak_memory_bytes() - baseline
+        expert_use = {blocks.name: _expert_use(model, blocks, batch_blocks) for blocks in data} if with_expert_use else {}
+    return Measured(quality, peak, statistics.median(speeds), expert_use)
+
+
+def _quality(model: PreTrainedModel, blocks: Blocks, batch_blocks: int, speeds: list[float]) -> Quality:
+    """Next-token loss and accuracy over all positions of each block but its first token."""
+    loss, hits, predicted = 0.0, 0, 0
+    for batch_BS in blocks.ids_BS.split(batch_blocks):
+        ids_BS = batch_BS.to(model.device)
+        started = time.perf_counter()
+        logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
+        _wait_for_device()
+        speeds.append(ids_BS.numel() / (time.perf_counter() - started))
+        for logits_SV, ids_S in zip(logits_BSV, ids_BS, strict=True):  # a block at a time: float32 logits are large
+            scores, target = logits_SV[:-1].float(), ids_S[1:]
+            loss += torch.nn.functional.cross_entropy(scores, target, reduction="sum").item()
+            hits += int((scores.argmax(-1) == target).sum())
+            predicted += len(target)
+    mean = loss / predicted
+    if not math.isfinite(mean):
+        raise InputError(f"the model's loss on {blocks.name} is not a number; its weights are damaged or overflow in this dtype")
+    return Quality(loss_nats=mean, perplexity=math.exp(min(mean, 700)), accuracy=hits / predicted, tokens=predicted)
+
+
+def _expert_use(model: PreTrainedModel, blocks: Blocks, batch_blocks: int) -> dict[str, list[float]]:
+    routed: dict[str, torch.Tensor] = {}
+
+    def count(call: ExpertsCall) -> None:
+        seen = torch.bincount(call.index_TK.reshape(-1), minlength=int(call.module.num_experts))  # type: ignore[arg-type]
+        routed[call.layer] = routed.get(call.layer, 0) + seen
+
+    with observe(model, count):
+        for batch_BS in blocks.ids_BS.split(batch_blocks):
+            model(input_ids=batch_BS.to(model.device), use_cache=False)
+    return {name: (counts / counts.sum()).tolist() for name, counts in routed.items()}
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak_memory_bytes() -> int:
+    """The peak of this process: on a GPU that of its allocator, otherwise of resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,76 @@
+"""What to cut. One short file per method; to add one, write the file and name it here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from moeprune.clusters import Clusters, make_clusters
+from moeprune.errors import InputError
+from moeprune.methods import c_prune, frequency, random
+from moeprune.methods.base import Evidence, Method, count_of
+from moeprune.plan import LayerPlan, Plan
+from moeprune.statistics import Stats
+
+METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (c_prune, frequency, random)}
+
+
+def make_plan(
+    method: str, ratio: float, stats: Stats, clusters: Clusters | None = None, options: dict[str, Any] | None = None
+) -> Plan:
+    """Decide what stays.
+
+    Args:
+        method: one of `METHODS`.
+        ratio: fraction of the routed experts to remove, in [0, 1).
+        stats: of the model on the calibration data.
+        clusters: made from these Stats; a method that uses clusters makes them itself where there are none.
+        options: the method's own options by name.
+
+    Raises:
+        InputError: unknown method or option, a ratio outside its range or one that leaves a layer fewer experts than run for
+            a token, or Clusters that were made from other Stats.
+    """
+    chosen = find(method)
+    check_ratio(ratio)
+    for name, layer in stats.layers.items():
+        if layer.experts - count_of(ratio, layer.experts) < layer.top_k:
+            largest = 1 - layer.top_k / layer.experts
+            raise InputError(
+                f"removing {ratio:g} of the {layer.experts} experts of {name} leaves fewer than the {layer.top_k} that run for each "
+                f"token; the largest ratio for this model is {largest:g}"
+            )
+    if clusters and (clusters.model, clusters.data) != (stats.model, stats.data):
+        raise InputError("the Clusters were not made from these Stats; make them again with `moeprune cluster`")
+    if chosen.uses_clusters and clusters is None:
+        clusters = make_clusters(stats)
+    settings = parse_options(chosen, options or {})
+    keep = chosen.decide(Evidence(stats, clusters), ratio, settings)
+    layers = {
+        name: LayerPlan(experts=layer.experts, top_k=layer.top_k, keep=keep[name]) for name, layer in stats.layers.items()
+    }
+    return Plan(method=method, options=settings.model_dump(), ratio=ratio, model=stats.model, data=stats.data, layers=layers)
+
+
+def find(name: str) -> Method:
+    """Raises InputError for an unknown method, naming the known ones."""
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}; known: {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def check_ratio(ratio: float) -> None:
+    """Raises InputError where a ratio of experts to remove is outside [0, 1)."""
+    if not 0 <= ratio < 1:
+        raise InputError(f"the ratio of experts to remove must be at least 0 and below 1, not {ratio:g}")
+
+
+def parse_options(method: Method, options: dict[str, Any]) -> Any:
+    """Raises InputError for an option that the method does not have, or a value that it cannot take."""
+    try:
+        return method.options.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        known = ", ".join(method.options.model_fields) or "none"
+        raise InputError(f"option {'.'.join(map(str, first['loc']))} of {method.name}: {first['msg']}; its options: {known}") from error

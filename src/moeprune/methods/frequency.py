@@ -1,0 +1,17 @@
+"""frequency: drop the experts that receive the fewest tokens, the same number in each layer."""
+
+from __future__ import annotations
+
+from moeprune.methods.base import Evidence, Keep, Method, Options, count_of, keep_all_but
+
+
+def decide(evidence: Evidence, ratio: float, options: Options) -> Keep:
+    return {
+        name: keep_all_but(
+            layer.count("routed_tokens").argsort(stable=True)[: count_of(ratio, layer.experts)].tolist(), layer.experts
+        )
+        for name, layer in evidence.stats.layers.items()
+    }
+
+
+METHOD = Method("frequency", "drop the experts that receive the fewest calibration tokens, layer by layer", decide)

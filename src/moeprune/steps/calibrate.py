@@ -1,0 +1,77 @@
+"""calibrate: one pass of the calibration data through the model -> Stats."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from moeprune import places, tracking
+from moeprune.checkpoint.loading import Checkpoint
+from moeprune.progress import progress
+from moeprune.statistics import Stats, merge
+from moeprune.statistics.calibration import BATCH_BLOCKS, GROUPS
+from moeprune.statistics.calibration import calibrate as collect
+from moeprune.steps import machine
+from moeprune.texts import read_blocks
+
+
+def calibrate(
+    model: str,
+    data: str,
+    out: str,
+    *,
+    text_field: str = "text",
+    block_tokens: int = 256,
+    max_blocks: int = 128,
+    batch_blocks: int = BATCH_BLOCKS,
+    groups: int = GROUPS,
+    shard: int = 0,
+    shards: int = 1,
+    trust_remote_code: bool = False,
+) -> Stats:
+    """Collect Stats of `model` on `data` and put them at `out`. See `statistics.calibration.calibrate` and `texts`."""
+    machine.quieten()
+    params = {"model": model, "data": data, "block_tokens": block_tokens, "max_blocks": max_blocks, "shard": f"{shard}/{shards}"}
+    with (
+        tracking.step("calibrate", params | machine.describe()) as run,
+        places.output(out) as path,
+        places.local_model(model) as directory,
+    ):
+        checkpoint = Checkpoint(directory, trust_remote_code)
+        fingerprint = checkpoint.fingerprint
+        blocks = read_blocks(
+            data, checkpoint.tokenizer(), block_tokens=block_tokens, max_blocks=max_blocks, text_field=text_field
+        )
+        run.dataset(blocks.name, blocks.address, blocks.fingerprint, "calibration", blocks.tokens)
+        loaded = checkpoint.load()
+        started = time.monotonic()
+        with progress("calibrate") as on_batch:
+            stats = collect(
+                loaded,
+                fingerprint,
+                blocks.ids_BS,
+                groups=groups,
+                batch_blocks=batch_blocks,
+                shard=shard,
+                shards=shards,
+                on_batch=on_batch,
+            )
+        stats.save(path)
+        seconds = time.monotonic() - started
+        run.metrics(
+            {"calibration_tokens": stats.tokens, "seconds": seconds, "throughput_tokens_per_second": stats.tokens / seconds}
+        )
+        return stats
+
+
+def merge_stats(parts: list[str], out: str) -> Stats:
+    """Add the Stats of several shards or data sets and put the sum at `out`."""
+    loaded = []
+    for part in parts:
+        with places.local_file(part) as path:
+            loaded.append(Stats.load(path))
+    merged = merge(loaded)
+    with places.output(out) as path:
+        merged.save(path)
+    return merged
+

@@ -1,0 +1,190 @@
+"""evaluate: the original and its candidates on the same texts -> Report, page and figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeprune import places, tracking
+from moeprune.checkpoint.loading import Checkpoint
+from moeprune.clusters import Clusters
+from moeprune.errors import InputError
+from moeprune.evaluation import figures, page
+from moeprune.evaluation.measure import BATCH_BLOCKS, Measured, measure
+from moeprune.evaluation.report import Candidate, DataSet, Report
+from moeprune.plan import Plan
+from moeprune.progress import progress
+from moeprune.steps import machine
+from moeprune.steps.cluster import similarity_of
+from moeprune.texts import Blocks, read_blocks
+from moeprune.tracking import TrackedRun
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model to measure: the name that the Report gives it, and where it is."""
+
+    name: str
+    address: str
+
+
+def evaluate(
+    models: list[Named],
+    data: list[str],
+    out: str,
+    *,
+    page_out: str | None = None,
+    domain: str | None = None,
+    clusters: str | None = None,
+    text_field: str = "text",
+    block_tokens: int = 256,
+    max_blocks: int = 32,
+    batch_blocks: int = BATCH_BLOCKS,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Measure models on texts and put the Report at `out`, its page at `page_out`.
+
+    Args:
+        models: the original first.
+        data: one or more texts (see `texts`); each is measured for itself, the pruned-for domain first.
+        domain: name of the pruned-for domain, if it is not the first text.
+        clusters: of the original; the page then shows them.
+        max_blocks: of each text.
+
+    Raises:
+        InputError: nothing to measure, two things of the same name, or models with different vocabularies.
+    """
+    machine.quieten()
+    if not models or not data:
+        raise InputError("evaluate needs at least one model and one text")
+    params = {"models": ", ".join(m.name for m in models), "data": ", ".join(data), "block_tokens": block_tokens}
+    with ExitStack() as stack:
+        run = stack.enter_context(tracking.step("evaluate", params | machine.describe()))
+        report_path = stack.enter_context(places.output(out))
+        page_path = stack.enter_context(places.output(page_out)) if page_out else None
+        similarity = None
+        if clusters:
+            similarity = similarity_of(Clusters.load(stack.enter_context(places.local_file(clusters))))
+        checkpoints = {
+            model.name: Checkpoint(stack.enter_context(places.local_model(model.address)), trust_remote_code)
+            for model in models
+        }
+        if len(checkpoints) < len(models):
+            raise InputError(f"two models have the same name ({', '.join(m.name for m in models)}); name them apart")
+        texts = _texts(checkpoints, data, text_field, block_tokens, max_blocks)
+        report = Report(
+            domain=domain or texts[0].name,
+            data=[DataSet(name=t.name, address=t.address, blocks=len(t.ids_BS), tokens=t.tokens, fingerprint=t.fingerprint) for t in texts],
+            **_measure_all(models, checkpoints, texts, batch_blocks),
+            machine=machine.describe(),
+        )
+        report.save(report_path)
+        drawn = figures.all_of(report, similarity, _keep(checkpoints))
+        if page_path:
+            page.write(page_path, report, drawn, _about(report, checkpoints))
+        _log(run, report, report_path, page_path, {title: figure for title, (figure, _) in drawn.items()})
+        return report
+
+
+def _texts(
+    checkpoints: dict[str, Checkpoint], data: list[str], text_field: str, block_tokens: int, max_blocks: int
+) -> list[Blocks]:
+    tokenizers = {name: checkpoint.tokenizer() for name, checkpoint in checkpoints.items()}
+    first_name, first = next(iter(tokenizers.items()))
+    for name, tokenizer in tokenizers.items():
+        if tokenizer.get_vocab() != first.get_vocab():
+            raise InputError(f"{name} and {first_name} have different vocabularies; their losses cannot be compared")
+    texts = [
+        read_blocks(address, first, block_tokens=block_tokens, max_blocks=max_blocks, text_field=text_field) for address in data
+    ]
+    names = [text.name for text in texts]
+    if len(set(names)) < len(names):
+        raise InputError(f"two texts have the same name ({', '.join(names)}); rename a file")
+    return texts
+
+
+def _measure_all(
+    models: list[Named], checkpoints: dict[str, Checkpoint], texts: list[Blocks], batch_blocks: int
+) -> dict[str, object]:
+    candidates, original_use = [], {}
+    with progress("evaluate") as on_model:
+        for done, model in enumerate(models, start=1):
+            is_original = done == 1
+            measured = measure(checkpoints[model.name], texts, with_expert_use=is_original, batch_blocks=batch_blocks)
+            if is_original:
+                original_use = measured.expert_use
+            candidates.append(_candidate(model, checkpoints[model.name], measured))
+            on_model(done, len(models))
+    return {"candidates": candidates, "expert_use": original_use}
+
+
+def _candidate(model: Named, checkpoint: Checkpoint, measured: Measured) -> Candidate:
+    plan = _plan_of(checkpoint)
+    return Candidate(
+        name=model.name,
+        address=model.address,
+        method=plan.method if plan else None,
+        experts_per_layer=checkpoint.experts_per_layer,
+        parameters=checkpoint.files.parameters,
+        bytes_on_disk=checkpoint.files.bytes_on_disk,
+        peak_memory_bytes=measured.peak_memory_bytes,
+        tokens_per_second=measured.tokens_per_second,
+        quality=measured.quality,
+    )
+
+
+def _plan_of(checkpoint: Checkpoint) -> Plan | None:
+    path = checkpoint.directory / "pruning_plan.json"
+    return Plan.load(path) if path.is_file() else None
+
+
+def _keep(checkpoints: dict[str, Checkpoint]) -> dict[str, list[int]] | None:
+    """What the first pruned model kept: the figure of use marks it."""
+    plans = (_plan_of(checkpoint) for checkpoint in checkpoints.values())
+    return next((plan.keep for plan in plans if plan), None)
+
+
+def _about(report: Report, checkpoints: dict[str, Checkpoint]) -> dict[str, str]:
+    plan = next((plan for plan in map(_plan_of, checkpoints.values()) if plan), None)
+    if not plan:
+        return {}
+    return {
+        "method": plan.method,
+        "ratio": f"{plan.removed:.3g}",
+        "model": plan.model,
+        "calibration data": plan.data,
+    } | {f"option {name}": str(value) for name, value in plan.options.items()}
+
+
+def _log(
+    run: TrackedRun, report: Report, report_path: Path, page_path: Path | None, drawn: dict[str, figures.Figure]
+) -> None:
+    """Metrics go to the step's run and to the pipeline's, where runs are compared; figures and files to the latter."""
+    for candidate in report.candidates:
+        values = {
+            "parameters": candidate.parameters,
+            "size_on_disk_mb": candidate.bytes_on_disk / 1e6,
+            "throughput_tokens_per_second": candidate.tokens_per_second,
+        }
+        if candidate.peak_memory_bytes is not None:
+            values["peak_memory_mib"] = candidate.peak_memory_bytes / 2**20
+        for name, quality in candidate.quality.items():
+            values |= {
+                f"{name}.loss_nats": quality.loss_nats,
+                f"{name}.perplexity": quality.perplexity,
+                f"{name}.accuracy_share": quality.accuracy,
+            }
+        named = {f"{candidate.name}.{key}": value for key, value in values.items()}
+        run.metrics(named)
+        if run.parent_id:
+            run.parent.metrics(named)
+    for data in report.data:
+        run.dataset(data.name, data.address, data.fingerprint, "evaluation", data.tokens)
+    for title, figure in drawn.items():
+        run.parent.figure(figure, re.sub(r"\W+", "_", title.lower()))
+    run.parent.text(json.dumps(report.model_dump(mode="json"), indent=1), "report.json")
+    if page_path:
+        run.parent.text(page_path.read_text(), "report.html")

@@ -1,0 +1,103 @@
+"""plan and apply: Stats (and Clusters) -> Plan; Plan and checkpoint -> pruned checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeprune import places, tracking
+from moeprune.atomic import refuse_to_overwrite
+from moeprune.checkpoint import surgery
+from moeprune.checkpoint.files import SHARD_BYTES
+from moeprune.checkpoint.loading import Checkpoint
+from moeprune.clusters import Clusters
+from moeprune.methods import check_ratio, find, make_plan, parse_options
+from moeprune.plan import Plan
+from moeprune.progress import progress
+from moeprune.statistics import Stats
+from moeprune.tracking import TrackedRun
+
+
+def plan(
+    method: str,
+    ratio: float,
+    stats: str,
+    out: str,
+    *,
+    clusters: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Plan:
+    """Decide which experts stay and put the Plan at `out`. See `methods.make_plan`."""
+    with tracking.step("plan", _params(method, ratio, options)) as run:
+        return _plan(run, method, ratio, stats, out, clusters, options)
+
+
+def apply(
+    model: str, plan: str, out: str, *, shard_bytes: int = SHARD_BYTES, trust_remote_code: bool = False
+) -> Checkpoint:
+    """Carry out a Plan on a model and put the pruned checkpoint at `out`. See `checkpoint.surgery.apply`."""
+    with tracking.step("apply", {"model": model}) as run:
+        return _apply(run, model, plan, out, shard_bytes, trust_remote_code)
+
+
+def prune(
+    model: str,
+    method: str,
+    ratio: float,
+    stats: str,
+    plan_out: str,
+    model_out: str,
+    *,
+    clusters: str | None = None,
+    options: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    name: str = "prune",
+) -> Checkpoint:
+    """`plan` and `apply` as one tracked step."""
+    with tracking.step(name, {"model": model} | _params(method, ratio, options)) as run:
+        _plan(run, method, ratio, stats, plan_out, clusters, options)
+        return _apply(run, model, plan_out, model_out, SHARD_BYTES, trust_remote_code)
+
+
+def _params(method: str, ratio: float, options: dict[str, Any] | None) -> dict[str, Any]:
+    check_ratio(ratio)
+    return {"method": method, "ratio": ratio} | parse_options(find(method), options or {}).model_dump()
+
+
+def _plan(
+    run: TrackedRun,
+    method: str,
+    ratio: float,
+    stats: str,
+    out: str,
+    clusters: str | None,
+    options: dict[str, Any] | None,
+) -> Plan:
+    with places.output(out) as path, places.local_file(stats) as stats_path:
+        loaded_clusters = None
+        if clusters:
+            with places.local_file(clusters) as clusters_path:
+                loaded_clusters = Clusters.load(clusters_path)
+        decided = make_plan(method, ratio, Stats.load(stats_path), loaded_clusters, options)
+        decided.save(path)
+        run.text(decided.model_dump_json(indent=1), "plan.json")
+        run.metrics({"removed_experts_share": decided.removed})
+        return decided
+
+
+def _apply(
+    run: TrackedRun, model: str, plan: str, out: str, shard_bytes: int, trust_remote_code: bool
+) -> Checkpoint:
+    with places.output(out) as path, places.local_file(plan) as plan_path, places.local_model(model) as directory:
+        refuse_to_overwrite(path)
+        decided = Plan.load(plan_path)
+        source = Checkpoint(directory, trust_remote_code)
+        with progress("apply") as on_tensor:
+            pruned = surgery.apply(source, decided, path, shard_bytes=shard_bytes, on_tensor=on_tensor)
+        run.metrics(
+            {
+                "size_on_disk_mb": pruned.files.bytes_on_disk / 1e6,
+                "original_size_on_disk_mb": source.files.bytes_on_disk / 1e6,
+                "parameters": pruned.files.parameters,
+            }
+        )
+        return pruned

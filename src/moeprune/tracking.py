@@ -1,0 +1,223 @@
+"""MLflow behind one small door: a run per step, nested under the run of the pipeline, or nothing where MLflow is not configured.
+
+Which run a step logs to, first that applies:
+
+    MLFLOW_RUN_ID            Kubeflow Pipelines' own integration has made a run for this task: that one, left open for Kubeflow to close
+    MOEPRUNE_PARENT_RUN_ID   a run nested under that one, as `moeprune run` sets it
+    KFP_RUN_ID               a run nested under the one of this Kubeflow run, which the first step to come makes
+    MLFLOW_TRACKING_URI      a run of its own
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeprune.errors import InputError, ServiceError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+
+PARENT_RUN_VARIABLE = "MOEPRUNE_PARENT_RUN_ID"
+_KFP_RUN_VARIABLE = "KFP_RUN_ID"
+_KFP_RUN_TAG = "kfp.run_id"
+_PARENT_TAG = "mlflow.parentRunId"
+_DEFAULT_EXPERIMENT = "moeprune"
+_LONGEST_PARAM = 6000  # MLflow's limit
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """One MLflow run to log to; without a client, logging does nothing."""
+
+    client: MlflowClient | None = None
+    run_id: str = ""
+    experiment_id: str = ""
+    parent_id: str = ""
+
+    @property
+    def parent(self) -> TrackedRun:
+        """The run of the whole pipeline; the run itself where it has no parent."""
+        return TrackedRun(self.client, self.parent_id or self.run_id, self.experiment_id)
+
+    @property
+    def url(self) -> str | None:
+        """Where a browser shows the run."""
+        if not self.client:
+            return None
+        return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        if self.client:
+            from mlflow.entities import Param
+
+            self.client.log_batch(self.run_id, params=[Param(k, str(v)[:_LONGEST_PARAM]) for k, v in values.items()])
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        if self.client:
+            from mlflow.entities import Metric
+
+            now = int(time.time() * 1000)
+            self.client.log_batch(self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        if self.client:
+            for key, value in values.items():
+                self.client.set_tag(self.run_id, key, value)
+
+    def figure(self, figure: Figure, name: str) -> None:
+        """Store a figure as `figures/<name>.png`."""
+        if self.client:
+            self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Store a file, or everything in a directory."""
+        if self.client and path.is_dir():
+            self.client.log_artifacts(self.run_id, str(path), folder)
+        elif self.client:
+            self.client.log_artifact(self.run_id, str(path), folder)
+
+    def text(self, text: str, name: str) -> None:
+        if self.client:
+            self.client.log_text(self.run_id, text, name)
+
+    def dataset(self, name: str, address: str, fingerprint: str, context: str, tokens: int) -> None:
+        """Log which data went in. MLflow shows it beside the run, and whether two runs saw the same."""
+        if self.client:
+            import json
+
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
+            source = json.dumps({"uri": address})
+            profile = json.dumps({"tokens": tokens})
+            # MLflow takes digests of at most 36 characters.
+            dataset = Dataset(name, fingerprint[:36], "local", source, schema=None, profile=profile)
+            self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+
+def is_configured() -> bool:
+    return bool(os.environ.get("MLFLOW_TRACKING_URI"))
+
+
+def connect() -> MlflowClient:
+    """A client of the configured server, which has just answered.
+
+    Raises:
+        InputError: MLflow is not installed.
+        ServiceError: it does not answer, or refuses.
+    """
+    # A server that is not there is told in seconds, not after MLflow's default of minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+    except ImportError as error:
+        raise InputError("MLFLOW_TRACKING_URI is set, but MLflow is not installed: pip install 'moeprune[tracking]'") from error
+    client = MlflowClient()
+    try:
+        client.search_experiments(max_results=1)
+    except MlflowException as error:
+        raise ServiceError(
+            f"the MLflow server at {os.environ['MLFLOW_TRACKING_URI']} does not answer ({str(error).splitlines()[0][:200]}); start it, or "
+            "unset MLFLOW_TRACKING_URI to run without"
+        ) from error
+    return client
+
+
+def _experiment(client: MlflowClient) -> str:
+    if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return given
+    from mlflow.exceptions import MlflowException
+
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _DEFAULT_EXPERIMENT)
+    for _ in range(2):  # another step may make it between our look and our try
+        if found := client.get_experiment_by_name(name):
+            return found.experiment_id
+        try:
+            return client.create_experiment(name)
+        except MlflowException:
+            continue
+    raise ServiceError(f"the MLflow experiment {name} can neither be found nor made; it may be deleted")
+
+
+@contextmanager
+def step(name: str, params: Mapping[str, Any]) -> Iterator[TrackedRun]:
+    """The run of one step. It ends as FINISHED, FAILED (with the error as a tag) or, on Ctrl-C, KILLED.
+
+    Raises:
+        ServiceError: MLflow is configured and does not answer; told before the step spends time.
+    """
+    if not is_configured():
+        yield TrackedRun()
+        return
+    client = connect()
+    given = os.environ.get("MLFLOW_RUN_ID")
+    if given:
+        run = client.get_run(given)
+        tracked = TrackedRun(client, given, run.info.experiment_id, run.data.tags.get(_PARENT_TAG, ""))
+    else:
+        experiment = _experiment(client)
+        parent = os.environ.get(PARENT_RUN_VARIABLE) or _run_of_kubeflow(client, experiment)
+        tags = {_PARENT_TAG: parent} if parent else {}
+        made = client.create_run(experiment, run_name=name, tags=tags)
+        tracked = TrackedRun(client, made.info.run_id, experiment, parent)
+    with _ending(tracked, owned=not given):
+        tracked.tags({"moeprune.step": name})
+        tracked.params(params)
+        yield tracked
+
+
+@contextmanager
+def pipeline_run(name: str, params: Mapping[str, Any]) -> Iterator[TrackedRun]:
+    """The parent run of a whole pipeline; the steps started inside the block nest under it."""
+    client = connect()
+    experiment = _experiment(client)
+    made = client.create_run(experiment, run_name=name)
+    tracked = TrackedRun(client, made.info.run_id, experiment)
+    before = os.environ.get(PARENT_RUN_VARIABLE)
+    os.environ[PARENT_RUN_VARIABLE] = tracked.run_id
+    try:
+        with _ending(tracked, owned=True):
+            tracked.params(params)
+            yield tracked
+    finally:
+        os.environ.pop(PARENT_RUN_VARIABLE)
+        if before is not None:
+            os.environ[PARENT_RUN_VARIABLE] = before
+
+
+@contextmanager
+def _ending(run: TrackedRun, owned: bool) -> Iterator[None]:
+    status = "FINISHED"
+    try:
+        yield
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except BaseException as error:
+        status = "FAILED"
+        run.tags({"error": str(error)[:500]})
+        raise
+    finally:
+        if owned and run.client:
+            run.client.set_terminated(run.run_id, status)
+
+
+def _run_of_kubeflow(client: MlflowClient, experiment: str) -> str:
+    """The parent run of this Kubeflow run, made by whichever step comes first; empty outside Kubeflow."""
+    kfp_run = os.environ.get(_KFP_RUN_VARIABLE)
+    if not kfp_run:
+        return ""
+    query = f"tags.`{_KFP_RUN_TAG}` = '{kfp_run}'"
+    found = client.search_runs([experiment], query, order_by=["attributes.start_time ASC"], max_results=1)
+    if found:
+        return found[0].info.run_id
+    return client.create_run(experiment, run_name=f"prune-{kfp_run[:8]}", tags={_KFP_RUN_TAG: kfp_run}).info.run_id
