@@ -1,10 +1,11 @@
 """Train the embedded reference model from nothing: `make reference-model`.
 
-A small Qwen2-MoE (16 routed experts, top-2, and a shared one in each of 6 layers) learns code, prose and arithmetic from the texts
-of `moeprune.builtin.corpus`. Nothing teaches the router which domain is which: the usual load-balancing loss, over whole
-batches of mixed domains, is all it gets.
+A small Qwen2-MoE (16 routed experts, top-2, and a shared one in each of 6 layers) learns code, prose and arithmetic
+from the texts of `moeprune.builtin.corpus`. Nothing teaches the router which domain is which: the usual load-balancing
+loss, over whole batches of mixed domains, is all it gets.
 
-Writes the checkpoint (bfloat16, tokenizer included) every 250 steps and, beside it in `training.json`, the figures of the training. The same seed, thread count, Python and library versions give the same weights.
+Writes the checkpoint (bfloat16, tokenizer included) every 250 steps and, beside it in `training.json`, the figures of
+the training. The same seed, thread count, Python and library versions give the same weights.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from moeprune.builtin.corpus import DOMAINS, documents
 SEED = 20261121
 BLOCK = 256
 BATCH = 16
-PEAK_LEARNING_RATE, FINAL_LEARNING_RATE = 3e-3, 1e-4
-WARM_UP = 100
+PEAK_LEARNING_RATE, FINAL_LEARNING_RATE = 2.5e-3, 1e-4
+WARM_UP = 150
 # Prose is the scarcest text (about 0.5 M tokens), so it is seen least, and each token of it still most often.
 SHARE = {"code": 0.45, "prose": 0.30, "arithmetic": 0.25}
 HELD_OUT_BLOCKS = 32
@@ -47,7 +48,7 @@ CONFIG = Qwen2MoeConfig(
     decoder_sparse_step=1,
     max_position_embeddings=1024,
     tie_word_embeddings=True,
-    router_aux_loss_coef=0.003,
+    router_aux_loss_coef=0.01,
     initializer_range=0.02,
     use_sliding_window=False,
     bos_token_id=0,
@@ -92,6 +93,26 @@ def learning_rate(step: int, steps: int) -> float:
     return FINAL_LEARNING_RATE + (PEAK_LEARNING_RATE - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def next_token_loss(logits_BSV: torch.Tensor, ids_BS: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten())
+
+
+def imbalance(router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4), over the whole batch, each layer for
+    itself.
+
+    The model's own `aux_loss` sums the loads of all layers first, so that one layer's idle expert is made up by the
+    busy one of the same number in another, and half of all experts die.
+    """
+    losses = []
+    for logits_TE in router_logits:
+        probability_TE = logits_TE.float().softmax(-1)
+        chosen_TK = probability_TE.topk(CONFIG.num_experts_per_tok).indices
+        load_E = torch.bincount(chosen_TK.flatten(), minlength=CONFIG.num_experts) / chosen_TK.numel()
+        losses.append(CONFIG.num_experts * (load_E * probability_TE.mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
 @torch.no_grad()
 def held_out_loss(model: Qwen2MoeForCausalLM, stream: np.ndarray) -> float:
     """Mean loss in nats per token over the first blocks of a held-out stream."""
@@ -114,8 +135,12 @@ def save(model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, figures
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to write the checkpoint into")
-    parser.add_argument("--steps", type=int, default=3000, help=f"optimiser steps of {BATCH * BLOCK} tokens (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; the weights depend on it (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=2600, help=f"optimiser steps of {BATCH * BLOCK} tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch threads; the weights depend on it (default: %(default)s)"
+    )
     options = parser.parse_args()
 
     torch.manual_seed(SEED)
@@ -131,7 +156,9 @@ def main() -> None:
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95), fused=True
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        fused=True,
     )
     print(f"{model.num_parameters():,} parameters", flush=True)
 
@@ -143,8 +170,9 @@ def main() -> None:
         input_ids = torch.from_numpy(batch.astype(np.int64))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options.steps)
-        loss = model(input_ids=input_ids, labels=input_ids, output_router_logits=True).loss
-        loss.backward()
+        out = model(input_ids=input_ids, output_router_logits=True)
+        loss = next_token_loss(out.logits, input_ids)
+        (loss + CONFIG.router_aux_loss_coef * imbalance(out.router_logits)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

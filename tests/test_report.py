@@ -44,19 +44,24 @@ def candidate(name: str, counts: list[int], losses: tuple[float, float, float], 
 
 def report(*candidates: Candidate, layers: int = 3, experts: int = 8, domain: str = "code") -> Report:
     random = np.random.default_rng(0)
+    uneven = [experts - 1 - layer % 3 for layer in range(layers)]
     paths = [f"model.layers.{layer}.mlp.experts" for layer in range(layers)]
     return Report(
         domain=domain,
-        data=[DataSet(name=each, address=f"builtin://{each}", blocks=8, tokens=4096, fingerprint="sha256:0a1b") for each in DOMAINS],
-        candidates=list(candidates) or [
+        data=[
+            DataSet(name=each, address=f"builtin://{each}", blocks=8, tokens=4096, fingerprint="sha256:0a1b")
+            for each in DOMAINS
+        ],
+        candidates=list(candidates)
+        or [
             candidate("original", [experts] * layers, (0.6, 1.2, 1.9)),
-            candidate("pruned", [experts - 1 - layer % 3 for layer in range(layers)], (1.6, 1.3, 2.9), tokens_per_second=9900.0),
-            candidate("distilled", [experts - 1 - layer % 3 for layer in range(layers)], (1.4, 1.21, 2.6)),
+            candidate("pruned", uneven, (1.6, 1.3, 2.9), tokens_per_second=9900.0),
+            candidate("distilled", uneven, (1.4, 1.21, 2.6)),
             candidate("random", [experts // 2] * layers, (1.5, 2.5, 2.8), peak_memory_bytes=None),
         ],
         expert_use={each: {path: random.dirichlet(np.ones(experts)).tolist() for path in paths} for each in DOMAINS},
         machine={"device": "cpu", "dtype": "float32"},
-    )  # fmt: skip
+    )
 
 
 def similarity(layers: int = 3, experts: int = 8) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -75,8 +80,14 @@ def keep(of: Report) -> dict[str, list[int]]:
 
 def printed(of: Report, width: int | None = None) -> str:
     out = io.StringIO()
-    show(of, Console(file=out, width=width))
+    show(of, Console(file=out), width)
     return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def drawn() -> page.Figures:
+    """All figures of the default report; drawing them is what takes the time of these tests."""
+    return figures.all_of(report(), similarity(), keep(report()))
 
 
 class Elements(HTMLParser):
@@ -137,7 +148,7 @@ def test_what_is_not_a_report_is_refused_with_a_sentence(tmp_path: Path, content
     assert str(path) in str(refused.value)
 
 
-def test_a_field_of_a_later_report_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_field_is_named(tmp_path: Path) -> None:
     content = report().model_dump(mode="json")
     content["candidates"][1]["quality"]["code"]["accuracy"] = 71.9
     path = tmp_path / "report.json"
@@ -146,16 +157,17 @@ def test_a_field_of_a_later_report_is_refused(tmp_path: Path) -> None:
         Report.load(path)
 
 
-def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.json"
     report().save(path)
     before = path.read_bytes()
 
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
+    def interrupted(written: Path, *_: object, **__: object) -> None:
+        written.touch()
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(InputError, match="No space left on device"):
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         report(domain="prose").save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -241,9 +253,9 @@ def test_the_table_prints_where_only_ascii_can_be(tmp_path: Path) -> None:
 # In figures
 
 
-@pytest.mark.parametrize(("layers", "experts"), [(1, 2), (6, 16), (61, 256)])
+@pytest.mark.parametrize(("layers", "experts"), [(1, 4), (61, 256)])
 def test_figures_fit_a_page_whatever_the_model(layers: int, experts: int) -> None:
-    measured = report(layers=layers, experts=max(experts, 4))
+    measured = report(layers=layers, experts=experts)
     drawn = figures.all_of(measured, similarity(layers, experts), keep(measured))
     assert len(drawn) == 5
     for figure, caption in drawn.values():
@@ -298,14 +310,12 @@ def test_figures_bear_what_is_not_a_number_and_odd_names() -> None:
 # As a page
 
 
-def test_the_page_is_the_same_each_time() -> None:
-    measured = report()
-    drawn = figures.all_of(measured, similarity(), keep(measured))
-    first = page.render(measured, drawn, {"seed": "0"})
-    assert page.render(measured, drawn, {"seed": "0"}) == first, "drawing a figure changed it"
+def test_the_page_is_the_same_each_time(drawn: page.Figures) -> None:
+    first = page.render(report(), drawn, {"seed": "0"})
     drawn["Quality against size"][0].savefig(io.BytesIO(), format="png")
-    again = figures.all_of(measured, similarity(), keep(measured))
-    assert page.render(measured, again, {"seed": "0"}) == first
+    assert page.render(report(), drawn, {"seed": "0"}) == first, "drawing a figure changed it"
+    again = figures.all_of(report(), similarity(), keep(report()))
+    assert page.render(report(), again, {"seed": "0"}) == first
 
 
 def test_the_page_needs_nothing_else_and_runs_nothing() -> None:
@@ -323,9 +333,8 @@ def test_the_page_needs_nothing_else_and_runs_nothing() -> None:
     assert ("a", "http://localhost:5000/#/1") in [(tag, attributes.get("href")) for tag, attributes in elements]
 
 
-def test_every_id_is_there_once_and_every_reference_leads_to_one() -> None:
-    measured = report()
-    html = page.render(measured, figures.all_of(measured, similarity(), keep(measured)), {"seed": "0"})
+def test_every_id_is_there_once_and_every_reference_leads_to_one(drawn: page.Figures) -> None:
+    html = page.render(report(), drawn, {"seed": "0"})
     found = Elements(html).found
     ids = Counter(attributes["id"] for _, attributes in found if "id" in attributes)
     assert ids.most_common(1)[0][1] == 1
@@ -347,7 +356,7 @@ def test_what_users_named_is_text_and_never_markup() -> None:
         candidate("original", [8, 8, 8], (1, 1, 1)),
         candidate(evil, [4, 4, 4], (1, 1, 1), address=evil, method=evil),
     )
-    drawn = {evil: (figure, evil) for figure, _ in figures.all_of(measured).values()}
+    drawn = {evil: (figures.loss_increase(measured), evil), "size": (figures.quality_and_size(measured), "")}
     html = page.render(measured, drawn, {evil: "javascript:alert(1)", "run": f'https://x"{evil}'})
     elements = Elements(html)
     assert "script" not in {tag for tag, _ in elements.found}
@@ -358,8 +367,9 @@ def test_what_users_named_is_text_and_never_markup() -> None:
 def test_the_page_says_in_one_sentence_what_was_done() -> None:
     text = Elements(page.render(report(), {}, {})).text
     assert (
-        "For code, c-prune removed 6 of 24 routed experts (25.0%): the distilled model needs 3.60 instead of 4.80 MB on disk, "
-        "and its loss on code is 0.0100 nats per token higher than the original's, against +0.70 to +0.80 on the other domains."
+        "For code, c-prune removed 6 of 24 routed experts (25.0%): the distilled model needs 3.60 instead of 4.80 MB "
+        "on disk, and its loss on code is 0.010 nats per token higher than the original's, against +0.70 to +0.80 on "
+        "the other domains."
     ) in text
     better = report(
         candidate("original", [8, 8, 8], (1, 1, 1)),
@@ -374,5 +384,4 @@ def test_the_page_is_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     page.write(path, report(), {}, {"seed": "0"})
     assert path.read_text(encoding="utf-8") == page.render(report(), {}, {"seed": "0"})
-    with pytest.raises(InputError, match="Cannot write"):
-        page.write(path / "below-a-file.html", report(), {}, {})
+    assert list(tmp_path.iterdir()) == [path]

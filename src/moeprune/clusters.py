@@ -1,6 +1,7 @@
 """Clusters: per layer, which experts belong together and how far each is from its centre.
 
-The clustering itself is scikit-learn's. An expert's embedding is its mean output on the calibration samples (C-Prune, section 3).
+The clustering itself is scikit-learn's. An expert's embedding is its mean output on the calibration samples (C-Prune,
+section 3).
 """
 
 from __future__ import annotations
@@ -70,7 +71,11 @@ class Clusters:
             for field, value in vars(layer).items()
         }
         with write_beside(path) as beside:
-            save_file(dict(sorted(tensors.items())), beside, metadata={"moeprune_clusters": json.dumps(header, sort_keys=True)})
+            save_file(
+                dict(sorted(tensors.items())),
+                beside,
+                metadata={"moeprune_clusters": json.dumps(header, sort_keys=True)},
+            )
 
     @classmethod
     def load(cls, path: Path) -> Clusters:
@@ -87,7 +92,9 @@ class Clusters:
                 }
                 return cls(layers=layers, **header)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is not a readable Clusters file ({error}); make one with `moeprune cluster`") from error
+            raise InputError(
+                f"{path} is not a readable Clusters file ({error}); make one with `moeprune cluster`"
+            ) from error
 
 
 def make_clusters(stats: Stats, *, algorithm: str = "ward", clusters_per_layer: int = 0) -> Clusters:

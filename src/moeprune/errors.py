@@ -2,7 +2,7 @@
 
 
 class MoepruneError(Exception):
-    """Base of every error that is the caller's to mend; the command line prints it as one sentence, without a traceback."""
+    """Base of every error that is the caller's to mend; the command line prints it as one sentence, no traceback."""
 
 
 class InputError(MoepruneError):

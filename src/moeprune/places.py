@@ -1,6 +1,8 @@
-"""Where things live, behind one small door: a local path, `s3://bucket/key`, `builtin://name`, or a Hugging Face hub id.
+"""Where things live, behind one small door: a local path, `s3://bucket/key`, `builtin://name`, or a Hugging Face hub
+id.
 
-A step asks for a local path of whatever address the user gave, and hands a finished local thing over to be put at an address.
+A step asks for a local path of whatever address the user gave, and hands a finished local thing over to be put at an
+address.
 """
 
 from __future__ import annotations
@@ -10,13 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import Any
 from urllib.parse import urlsplit
 
 from moeprune.errors import InputError, ServiceError
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
 
 REFERENCE_MODEL = "builtin://reference"
 _BUILTIN_MODEL = Path(__file__).parent / "builtin" / "model"
@@ -44,7 +43,9 @@ def local_model(address: str) -> Iterator[Path]:
     elif Path(address).is_dir():
         yield Path(address)
     elif Path(address).exists() or address.startswith((".", "/", "~")) or address.count("/") != 1:
-        raise InputError(f"the model {address} is not a directory, an s3:// address, {REFERENCE_MODEL} or a hub id (owner/name)")
+        raise InputError(
+            f"the model {address} is not a directory, an s3:// address, {REFERENCE_MODEL} or a hub id (owner/name)"
+        )
     else:
         yield _hub_snapshot(address)
 
@@ -78,7 +79,7 @@ def output(address: str) -> Iterator[Path]:
         _upload(path, address)
 
 
-def _s3() -> S3Client:
+def _s3() -> Any:
     try:
         import boto3
         from botocore.config import Config
@@ -87,7 +88,8 @@ def _s3() -> S3Client:
     session = boto3.Session()
     if session.get_credentials() is None:
         raise ServiceError(
-            "no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL for a server of your own)"
+            "no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL for a server of "
+            "your own)"
         )
     # An unreachable endpoint is told in seconds, not after boto's default of minutes.
     return session.client(
@@ -160,7 +162,12 @@ def _upload(path: Path, address: str) -> None:
 
 def _hub_snapshot(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         # Weights in other formats would double the download.
@@ -170,5 +177,6 @@ def _hub_snapshot(repository: str) -> Path:
         raise InputError(f"there is no directory {repository} here and no such model on the hub") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ServiceError(
-            f"{repository} is no local directory, and the Hugging Face hub cannot be reached for it: {str(error).splitlines()[0]}"
+            f"{repository} is no local directory, and the Hugging Face hub cannot be reached for it: "
+            f"{str(error).splitlines()[0]}"
         ) from error

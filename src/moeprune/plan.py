@@ -13,8 +13,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from moeprune.atomic import write_beside
 from moeprune.errors import InputError
 
-VERSION = 1
-
 
 class LayerPlan(BaseModel):
     """What becomes of one layer's routed experts.
@@ -58,7 +56,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    moeprune_plan: Literal[1] = VERSION
+    moeprune_plan: Literal[1] = 1
     method: str
     options: dict[str, Any]
     ratio: float

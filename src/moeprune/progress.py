@@ -17,7 +17,7 @@ Advance = Callable[..., None]
 
 @contextmanager
 def progress(label: str) -> Iterator[Advance]:
-    """Yield a function to call with what is done, what there is in all, and whatever else the caller's callback gets."""
+    """Yield a function to call with what is done and what there is in all; it ignores anything more."""
     console = Console(stderr=True)
     if console.is_terminal:
         with _bar(console) as bar:

@@ -42,8 +42,8 @@ def judge(report: Report, candidate: str, max_loss_increase_nats: float) -> Verd
     passed = increase <= max_loss_increase_nats
     comparison = "at most" if passed else "more than"
     sentence = (
-        f"gate {'passed' if passed else 'failed'}: {candidate} loses {increase:+.3f} nats on {report.domain}, {comparison} the "
-        f"{max_loss_increase_nats:g} allowed" + ("" if passed else "; nothing was registered")
+        f"gate {'passed' if passed else 'failed'}: {candidate} loses {increase:+.3f} nats on {report.domain}, "
+        f"{comparison} the {max_loss_increase_nats:g} allowed" + ("" if passed else "; nothing was registered")
     )
     return Verdict(passed, increase, sentence)
 
@@ -69,4 +69,6 @@ def register(run: TrackedRun, verdict: Verdict, checkpoint: Path, name: str, ali
         run.client.set_registered_model_alias(name, alias, made.version)
     except MlflowException as error:
         raise ServiceError(f"the model registry refuses {name}: {error}") from error
-    return replace(verdict, version=str(made.version), sentence=f"{verdict.sentence}; registered as {name} version {made.version}")
+    return replace(
+        verdict, version=str(made.version), sentence=f"{verdict.sentence}; registered as {name} version {made.version}"
+    )

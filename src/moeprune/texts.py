@@ -64,7 +64,9 @@ def read_blocks(
         ServiceError: S3 or the hub cannot be reached.
     """
     if block_tokens < 2 or max_blocks < 1:
-        raise InputError(f"blocks of {block_tokens} tokens, at most {max_blocks}: both must be positive, a block at least 2 tokens")
+        raise InputError(
+            f"blocks of {block_tokens} tokens, at most {max_blocks}: both must be positive, a block at least 2 tokens"
+        )
     sources = [source.strip() for source in address.split(",") if source.strip()]
     if not sources:
         raise InputError("no data was named")
@@ -72,14 +74,17 @@ def read_blocks(
         raise InputError(f"{len(sources)} sources cannot share {max_blocks} blocks")
     shares = [max_blocks // len(sources) + (place < max_blocks % len(sources)) for place in range(len(sources))]
     ids_BS = torch.cat(
-        [_pack(source, tokenizer, block_tokens, share, text_field) for source, share in zip(sources, shares, strict=True)]
+        [
+            _pack(source, tokenizer, block_tokens, share, text_field)
+            for source, share in zip(sources, shares, strict=True)
+        ]
     )
     fingerprint = data_fingerprint([block_hash(block) for block in ids_BS])
     return Blocks("+".join(short_name(source) for source in sources), address, ids_BS, fingerprint)
 
 
 def short_name(address: str) -> str:
-    """What a table calls a source: the built-in domain, the file's name without its ending, or the hub id's last part."""
+    """What a table calls a source: the built-in domain, the file's bare name, or the last part of the hub id."""
     if address.startswith("builtin://"):
         return address.removeprefix("builtin://").split("/")[0]
     return PurePosixPath(address).name.split(".")[0]
@@ -100,7 +105,9 @@ def _pack(
             break
     blocks = min(len(ids) // block_tokens, max_blocks)
     if blocks == 0:
-        raise InputError(f"{source} holds {len(ids)} tokens, less than one block of {block_tokens}; give more text or shorter blocks")
+        raise InputError(
+            f"{source} holds {len(ids)} tokens, less than one block of {block_tokens}; give more text or shorter blocks"
+        )
     return torch.tensor(ids[: blocks * block_tokens], dtype=torch.int64).view(blocks, block_tokens)
 
 
@@ -151,7 +158,8 @@ def _hub_documents(repository: str, text_field: str) -> Iterator[str]:
         raise InputError(f"there is no file {repository} here and no such data set on the hub") from error
     except (OSError, ConnectionError, ValueError) as error:
         raise ServiceError(
-            f"{repository} is no local file, and the hub's data set of that name cannot be read: {str(error).splitlines()[0]}"
+            f"{repository} is no local file, and the hub's data set of that name cannot be read: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     if first:
         yield from _field(rows, text_field, repository)

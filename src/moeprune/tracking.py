@@ -1,9 +1,10 @@
-"""MLflow behind one small door: a run per step, nested under the run of the pipeline, or nothing where MLflow is not configured.
+"""MLflow behind one small door: a run per step, nested under the run of the pipeline, or nothing where MLflow is not
+configured.
 
 Which run a step logs to, first that applies:
 
-    MLFLOW_RUN_ID            Kubeflow Pipelines' own integration has made a run for this task: that one, left open for Kubeflow to close
-    MOEPRUNE_PARENT_RUN_ID   a run nested under that one, as `moeprune run` sets it
+    MLFLOW_RUN_ID            Kubeflow Pipelines' own integration has made a run for this task: that one, left open for
+    Kubeflow to close MOEPRUNE_PARENT_RUN_ID   a run nested under that one, as `moeprune run` sets it
     KFP_RUN_ID               a run nested under the one of this Kubeflow run, which the first step to come makes
     MLFLOW_TRACKING_URI      a run of its own
 """
@@ -120,14 +121,16 @@ def connect() -> MlflowClient:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     except ImportError as error:
-        raise InputError("MLFLOW_TRACKING_URI is set, but MLflow is not installed: pip install 'moeprune[tracking]'") from error
+        raise InputError(
+            "MLFLOW_TRACKING_URI is set, but MLflow is not installed: pip install 'moeprune[tracking]'"
+        ) from error
     client = MlflowClient()
     try:
         client.search_experiments(max_results=1)
     except MlflowException as error:
         raise ServiceError(
-            f"the MLflow server at {os.environ['MLFLOW_TRACKING_URI']} does not answer ({str(error).splitlines()[0][:200]}); start it, or "
-            "unset MLFLOW_TRACKING_URI to run without"
+            f"the MLflow server at {os.environ['MLFLOW_TRACKING_URI']} does not answer "
+            f"({str(error).splitlines()[0][:200]}); start it, or unset MLFLOW_TRACKING_URI to run without"
         ) from error
     return client
 

@@ -1,7 +1,7 @@
 """The texts of the embedded example: what every Python installation carries, and sums with exact answers.
 
-Three domains, each a list of documents split into training and held-out ones *by name*, so that no text is on both sides
-on any Python version:
+Three domains, each a list of documents split into training and held-out ones *by name*, so that no text is on both
+sides on any Python version:
 
     code        the standard library's modules, their docstrings taken out
     prose       the language's documentation topics and the docstrings of the same modules
@@ -28,17 +28,89 @@ DOMAINS = ("code", "prose", "arithmetic")
 SPLITS = ("train", "held-out")
 
 HELD_OUT_MODULES = frozenset(
-    "argparse ast base64 bisect calendar cmd codecs contextlib csv dataclasses difflib fractions gzip heapq imaplib json "
-    "locale mailbox optparse pickle pprint queue random sched selectors shlex statistics string tarfile textwrap "
-    "threading tokenize types uuid wave zipapp".split()
+    [
+        "argparse",
+        "ast",
+        "base64",
+        "bisect",
+        "calendar",
+        "cmd",
+        "codecs",
+        "contextlib",
+        "csv",
+        "dataclasses",
+        "difflib",
+        "fractions",
+        "gzip",
+        "heapq",
+        "imaplib",
+        "json",
+        "locale",
+        "mailbox",
+        "optparse",
+        "pickle",
+        "pprint",
+        "queue",
+        "random",
+        "sched",
+        "selectors",
+        "shlex",
+        "statistics",
+        "string",
+        "tarfile",
+        "textwrap",
+        "threading",
+        "tokenize",
+        "types",
+        "uuid",
+        "wave",
+        "zipapp",
+    ]
 )
 HELD_OUT_TOPICS = frozenset(
-    "assert binary bltin-type-objects break class compound context-managers debugger else exceptions formatstrings global "
-    "if naming operator-summary pass raise shifting strings try typesmapping unary with".split()
+    [
+        "assert",
+        "binary",
+        "bltin-type-objects",
+        "break",
+        "class",
+        "compound",
+        "context-managers",
+        "debugger",
+        "else",
+        "exceptions",
+        "formatstrings",
+        "global",
+        "if",
+        "naming",
+        "operator-summary",
+        "pass",
+        "raise",
+        "shifting",
+        "strings",
+        "try",
+        "typesmapping",
+        "unary",
+        "with",
+    ]
 )
 _NOT_LIBRARY_CODE = frozenset(
-    "site-packages dist-packages test tests idlelib lib2to3 turtledemo pydoc_data encodings ensurepip __pycache__ idle_test "
-    "__phello__ lib-dynload".split()
+    [
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "pydoc_data",
+        "encodings",
+        "ensurepip",
+        "__pycache__",
+        "idle_test",
+        "__phello__",
+        "lib-dynload",
+    ]
 )
 _SHORTEST_DOCSTRING = 100
 _SUMS_PER_DOCUMENT = 24
@@ -80,7 +152,8 @@ def _library(split: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _take_docstrings_out(source: str) -> tuple[str, list[str]]:
-    docstrings, gone = [], set()
+    docstrings: list[str] = []
+    gone: set[int] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in old modules
         tree = ast.parse(source)

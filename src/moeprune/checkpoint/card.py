@@ -15,7 +15,8 @@ def write_card(directory: Path, plan: Plan) -> None:
     how = (
         "It loads like any checkpoint of its architecture."
         if plan.is_uniform
-        else "Layers keep different numbers of experts, so it brings a small modelling file: load it with `trust_remote_code=True`."
+        else "Layers keep different numbers of experts, so it brings a small modelling file: load it with "
+        "`trust_remote_code=True`."
     )
     options = "".join(f"\n- {name}: {value}" for name, value in sorted(plan.options.items()))
     (directory / "README.md").write_text(
@@ -25,8 +26,8 @@ tags: [mixture-of-experts, pruned, moeprune]
 ---
 # A pruned Mixture-of-Experts
 
-moeprune removed {plan.removed:.1%} of the routed experts with the method `{plan.method}`: each layer keeps {kept} of {of}.
-{how}
+moeprune removed {plan.removed:.1%} of the routed experts with the method `{plan.method}`: each layer keeps {kept} of
+{of}. {how}
 
 - original: fingerprint `{plan.model}`
 - calibration data: fingerprint `{plan.data}`{options}

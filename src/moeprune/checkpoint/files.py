@@ -110,7 +110,7 @@ def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], out: Path, shard_
     if len(shards) == 1:
         (out / "shard-0").rename(out / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (out / f"shard-{number}").rename(out / file)

@@ -16,7 +16,8 @@ _WITNESS_AXES = 2
 def fingerprint(files: CheckpointFiles, layout: Layout) -> str:
     """The SHA-256 (hex) of every tensor's name, shape and dtype, and of the values of the routers.
 
-    The routers differ between any two trainings and are small, so the weights' identity is known without reading them all.
+    The routers differ between any two trainings and are small, so the weights' identity is known without reading them
+    all.
     """
     digest = hashlib.sha256()
     described = {name: [entry.shape, entry.dtype] for name, entry in files.entries.items()}

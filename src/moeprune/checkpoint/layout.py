@@ -1,9 +1,9 @@
 """Where a model's experts and routers are, found by experiment and not from a table of model names.
 
-The model is built twice on the meta device (no memory, no weights): as its config says, and with one routed expert more. Whatever
-differs between the two belongs to the experts: a tensor whose axis grew by one is indexed by expert along that axis (fused
-experts, router rows, biases); a tensor that only the larger model has is one expert's own. Transformers' weight conversion,
-run backwards on both, tells the names under which a checkpoint stores them.
+The model is built twice on the meta device (no memory, no weights): as its config says, and with one routed expert
+more. Whatever differs between the two belongs to the experts: a tensor whose axis grew by one is indexed by expert
+along that axis (fused experts, router rows, biases); a tensor that only the larger model has is one expert's own.
+Transformers' weight conversion, run backwards on both, tells the names under which a checkpoint stores them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -30,7 +30,8 @@ class LayerLayout:
     Attributes:
         experts: routed experts in this layer.
         fused: name of a tensor in the checkpoint -> its expert axis. Routers are among them.
-        separate: for tensors of one expert each, the names of all experts' tensors: `separate[j][i]` is expert i's j-th.
+        separate: for tensors of one expert each, the names of all experts' tensors: `separate[j][i]` is expert i's
+            j-th.
         parameters: the model's own names of all of these, by their expert axis.
     """
 
@@ -61,6 +62,11 @@ def experts_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")}
 
 
+def expert_count(module: torch.nn.Module) -> int:
+    """Routed experts of an experts module; each has this attribute, by the contract of the interface."""
+    return cast(int, module.num_experts)
+
+
 def build_without_weights(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     """The model of a config on the meta device: names and shapes, no memory."""
     with torch.device("meta"), warnings.catch_warnings():
@@ -72,24 +78,24 @@ def find_layout(config: PretrainedConfig, files: CheckpointFiles | None = None) 
     """Find the experts of a model, and of its checkpoint where `files` are given.
 
     Raises:
-        InputError: not a Mixture-of-Experts, one that transformers does not dispatch through its experts interface, layers
-            with different numbers of experts, or a checkpoint that lacks the expected tensors.
+        InputError: not a Mixture-of-Experts, one that transformers does not dispatch through its experts interface,
+            layers with different numbers of experts, or a checkpoint that lacks the expected tensors.
     """
     model = build_without_weights(config)
     modules = experts_modules(model)
     if not modules:
         raise InputError(
-            f"{_describe(config)} is not a Mixture-of-Experts that moeprune can read: no module of it dispatches experts through "
-            "transformers' ExpertsInterface"
+            f"{_describe(config)} is not a Mixture-of-Experts that moeprune can read: no module of it dispatches "
+            "experts through transformers' ExpertsInterface"
         )
-    counts = {int(module.num_experts) for module in modules.values()}
+    counts = {expert_count(module) for module in modules.values()}
     if len(counts) > 1:
-        raise InputError(f"{_describe(config)} has layers with different numbers of experts ({sorted(counts)}); prune the original")
+        raise InputError(
+            f"{_describe(config)} has layers with different numbers of experts ({sorted(counts)}); prune the original"
+        )
     experts = counts.pop()
     config_path, larger = _grow_by_one_expert(config, experts)
-    layers = {
-        name: _layer_layout(model, larger, name, modules, experts, files) for name in modules
-    }
+    layers = {name: _layer_layout(model, larger, name, modules, experts, files) for name in modules}
     holder = _holder(config, config_path)
     key = config_path[-1]
     aliases = {alias for alias, canonical in holder.attribute_map.items() if canonical == key}
@@ -124,7 +130,7 @@ def _grow_by_one_expert(config: PretrainedConfig, experts: int) -> tuple[tuple[s
             larger = build_without_weights(candidate)
         except Exception:  # another number of the same value: the model may refuse it in any way it likes
             continue
-        if {int(module.num_experts) for module in experts_modules(larger).values()} == {experts + 1}:
+        if {expert_count(module) for module in experts_modules(larger).values()} == {experts + 1}:
             return path, larger
     raise InputError(f"{_describe(config)}: no number in its config sets how many routed experts there are")
 

@@ -24,8 +24,8 @@ class Checkpoint:
 
     Attributes:
         directory: a local directory with `config.json`, safetensors files and, where text is to be read, a tokenizer.
-        trust_remote_code: whether modelling code found in the checkpoint may run. The file that moeprune itself puts into a
-            non-uniformly pruned checkpoint runs without it, as long as it is, byte for byte, the one we write.
+        trust_remote_code: whether modelling code found in the checkpoint may run. The file that moeprune itself puts
+            into a non-uniformly pruned checkpoint runs without it, as long as it is, byte for byte, the one we write.
     """
 
     directory: Path
@@ -90,7 +90,9 @@ class Checkpoint:
             raise InputError(f"{self.directory} cannot be loaded: {_first_line(error)}") from error
         absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
         if absent:
-            raise InputError(f"{self.directory} does not fit its architecture; missing or misshapen: {', '.join(absent[:3])}")
+            raise InputError(
+                f"{self.directory} does not fit its architecture; missing or misshapen: {', '.join(absent[:3])}"
+            )
         return model.to(device).eval()
 
 

@@ -1,8 +1,8 @@
 """The modelling file that a checkpoint with different numbers of experts per layer carries.
 
-A transformers config has one number of experts for all layers. Where a plan keeps different numbers, the checkpoint gets a small file
-of code (`auto_map`) that rebuilds each layer's MoE block at its own size. It imports transformers only: moeprune need not be
-installed where the model is served, but the loader must say `trust_remote_code=True`.
+A transformers config has one number of experts for all layers. Where a plan keeps different numbers, the checkpoint
+gets a small file of code (`auto_map`) that rebuilds each layer's MoE block at its own size. It imports transformers
+only: moeprune need not be installed where the model is served, but the loader must say `trust_remote_code=True`.
 """
 
 from __future__ import annotations

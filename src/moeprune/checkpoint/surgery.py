@@ -1,13 +1,14 @@
 """Carry out a Plan on a checkpoint, tensor by tensor, without building the model.
 
-Memory holds one shard being written and one tensor being read. What is not an expert's is carried over unchanged: the other tensors,
-tokenizer, chat template, generation config, licence.
+Memory holds one shard being written and one tensor being read. What is not an expert's is carried over unchanged: the
+other tensors, tokenizer, chat template, generation config, licence.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def apply(
 def check_fits(source: Checkpoint, plan: Plan) -> None:
     """Raise InputError where a plan was made for another model."""
     if modelling.experts_per_layer(source.config):
-        raise InputError(f"{source.directory} is pruned already, layer by layer differently; prune the original with another ratio")
+        raise InputError(
+            f"{source.directory} is pruned already, layer by layer differently; prune the original with another ratio"
+        )
     layout = {name: layer.experts for name, layer in source.layout.layers.items()}
     planned = {name: layer.experts for name, layer in plan.layers.items()}
     if layout != planned or plan.model != source.fingerprint:
@@ -76,11 +79,19 @@ def _cuts(layout: Layout, plan: Plan) -> dict[str, tuple[str, _Cut] | None]:
     for layer_name, layer in layout.layers.items():
         keep = plan.layers[layer_name].keep
         for name, axis in layer.fused.items():
-            cuts[name] = (name, lambda tensor, axis=axis, keep=keep: tensor.index_select(axis, torch.tensor(keep)))
+            cuts[name] = (name, partial(_select, axis=axis, keep=keep))
         for names in layer.separate:
             cuts |= dict.fromkeys(names)
-            cuts |= {names[old]: (names[new], lambda tensor: tensor) for new, old in enumerate(keep)}
+            cuts |= {names[old]: (names[new], _unchanged) for new, old in enumerate(keep)}
     return cuts
+
+
+def _select(tensor: torch.Tensor, axis: int, keep: list[int]) -> torch.Tensor:
+    return tensor.index_select(axis, torch.tensor(keep))
+
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _cut(
@@ -88,7 +99,7 @@ def _cut(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     total = len(source.files.entries)
     for done, (name, tensor) in enumerate(source.files.tensors(), start=1):
-        action = cuts.get(name, (name, lambda tensor: tensor))
+        action = cuts.get(name, (name, _unchanged))
         if action is not None:
             new_name, cut = action
             yield new_name, cut(tensor).contiguous()
@@ -125,5 +136,7 @@ def _stock_class(source: Checkpoint) -> str:
         block = name.rpartition(".")[0] + "."
         outside = [parameter for parameter in layer.parameters if not parameter.startswith(block)]
         if outside:
-            raise InputError(f"the router {outside[0]} lies outside the block {block[:-1]}; only a uniform plan can be applied")
+            raise InputError(
+                f"the router {outside[0]} lies outside the block {block[:-1]}; only a uniform plan can be applied"
+            )
     return AutoModelForCausalLM._model_mapping[type(config)].__name__

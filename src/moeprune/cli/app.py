@@ -17,10 +17,10 @@ from moeprune.places import REFERENCE_MODEL
 INTERRUPTED = 130
 
 app = typer.Typer(
-    help="Make a Mixture-of-Experts LLM smaller for a domain, and prove what it kept. MODEL is a local directory, an s3:// address, a hub "
-    f"id or {REFERENCE_MODEL}; DATA is JSONL, plain text or Parquet in the same places, a hub data set id, or builtin://code, "
-    "builtin://prose, builtin://arithmetic (held-out texts: builtin://code/held-out). Several sources, separated by commas, are mixed "
-    "in equal shares.",
+    help="Make a Mixture-of-Experts LLM smaller for a domain, and prove what it kept. MODEL is a local directory, an "
+    f"s3:// address, a hub id or {REFERENCE_MODEL}; DATA is JSONL, plain text or Parquet in the same places, a hub "
+    "data set id, or builtin://code, builtin://prose, builtin://arithmetic (held-out texts: builtin://code/held-out). "
+    "Several sources, separated by commas, are mixed in equal shares.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -35,8 +35,12 @@ PlanOption = Annotated[str, typer.Option("--plan", metavar="FILE", help="the Pla
 FieldOption = Annotated[str, typer.Option(help="field of JSONL or Parquet that holds the text")]
 BlockOption = Annotated[int, typer.Option(help="tokens per block; texts are joined and cut into blocks")]
 BatchOption = Annotated[int, typer.Option(help="blocks per forward pass")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run modelling code that the model brings along")]
-RatioOption = Annotated[float, typer.Option("--ratio", help="fraction of the routed experts to remove, at least 0 and below 1")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run modelling code that the model brings along")
+]
+RatioOption = Annotated[
+    float, typer.Option("--ratio", help="fraction of the routed experts to remove, at least 0 and below 1")
+]
 MethodOption = Annotated[
     str, typer.Option("--method", help="; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()))
 ]
@@ -98,7 +102,9 @@ def calibrate(
 
 @app.command()
 def merge_stats(
-    parts: Annotated[list[str], typer.Argument(metavar="STATS...", help="Stats of shards or of several data sets, same model")],
+    parts: Annotated[
+        list[str], typer.Argument(metavar="STATS...", help="Stats of shards or of several data sets, same model")
+    ],
     out: Annotated[str, typer.Option(metavar="FILE", help="where to write their sum")],
 ) -> None:
     """Add Stats up: the sum is what one calibration over all the data would have given."""
@@ -128,7 +134,9 @@ def plan(
     ratio: RatioOption,
     stats: StatsOption,
     out: Annotated[str, typer.Option(metavar="FILE", help="where to write the Plan (JSON)")],
-    clusters: Annotated[str | None, typer.Option(metavar="FILE", help="Clusters; made on the way where not given")] = None,
+    clusters: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Clusters; made on the way where not given")
+    ] = None,
     settings: SettingOption = None,
 ) -> None:
     """Decide which experts stay (a Plan, to read, edit and apply)."""
@@ -144,7 +152,9 @@ def apply(
     model: ModelOption,
     plan: PlanOption,
     out: Annotated[str, typer.Option(metavar="DIR", help="where to write the pruned model")],
-    shard_megabytes: Annotated[int, typer.Option(min=1, help="largest file to write, and about the memory this takes")] = 1024,
+    shard_megabytes: Annotated[
+        int, typer.Option(min=1, help="largest file to write, and about the memory this takes")
+    ] = 1024,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Carry out a Plan: write the pruned model."""
@@ -190,18 +200,26 @@ def distill(
         trust_remote_code=trust_remote_code,
     )
     before, after = (sum(errors.values()) / len(errors) for errors in (result.error_before, result.error_after))
-    console.print(f"{out}: mean error of the blocks' outputs on held-out text {before:.3f} -> {after:.3f} of their variance")
+    console.print(
+        f"{out}: mean error of the blocks' outputs on held-out text {before:.3f} -> {after:.3f} of their variance"
+    )
 
 
 @app.command()
 def evaluate(
     model: Annotated[
-        list[str], typer.Option(metavar="[NAME=]MODEL", help="repeatable; the original first. Without a name: original, then the directory's")
+        list[str],
+        typer.Option(
+            metavar="[NAME=]MODEL",
+            help="repeatable; the original first. Without a name: original, then the directory's",
+        ),
     ],
     data: Annotated[list[str], typer.Option(metavar="DATA", help="repeatable; the pruned-for domain first")],
     out: Annotated[str, typer.Option(metavar="FILE", help="where to write the Report (JSON)")],
     page: Annotated[str | None, typer.Option(metavar="FILE", help="where to write its page (HTML)")] = None,
-    clusters: Annotated[str | None, typer.Option(metavar="FILE", help="Clusters of the original, to show on the page")] = None,
+    clusters: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Clusters of the original, to show on the page")
+    ] = None,
     text_field: FieldOption = "text",
     block_tokens: BlockOption = 256,
     max_blocks: Annotated[int, typer.Option(help="blocks of each text at most")] = 32,
@@ -242,8 +260,12 @@ def promote(
     report: Annotated[str, typer.Option(metavar="FILE", help="the Report that measured the model")],
     model: Annotated[str, typer.Option(metavar="MODEL", help="the checkpoint to register")],
     name: Annotated[str, typer.Option(help="of the registered model")],
-    candidate: Annotated[str, typer.Option(help="its name in the Report; default: the one that the Report is about")] = "",
-    max_loss_increase: Annotated[float, typer.Option(metavar="NATS", help="most it may lose on the pruned-for domain, per token")] = 0.25,
+    candidate: Annotated[
+        str, typer.Option(help="its name in the Report; default: the one that the Report is about")
+    ] = "",
+    max_loss_increase: Annotated[
+        float, typer.Option(metavar="NATS", help="most it may lose on the pruned-for domain, per token")
+    ] = 0.25,
     alias: Annotated[str, typer.Option(help="moved to the new version")] = "champion",
 ) -> None:
     """Register the model in MLflow if it lost little enough. Exit code 3 where it did not."""
@@ -274,7 +296,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     pass
 

@@ -1,8 +1,8 @@
 """Layer-local distillation: each pruned MoE block learns to give what the original block gives for the same input.
 
-The teacher's activations are the inputs of every block, so no gradient crosses a layer, the student never runs as a whole, and all
-blocks learn from one forward pass of the teacher. What trains are the experts that stayed and the router's rows; the rest of
-the model stays as it is, bit for bit.
+The teacher's activations are the inputs of every block, so no gradient crosses a layer, the student never runs as a
+whole, and all blocks learn from one forward pass of the teacher. What trains are the experts that stayed and the
+router's rows; the rest of the model stays as it is, bit for bit.
 
 Axes: B blocks of text in a batch, S tokens in each, H hidden size.
 """
@@ -27,8 +27,8 @@ class Distilled:
     """What distillation did.
 
     Attributes:
-        error_before, error_after: layer name -> relative squared error of the pruned block's output on held-out tokens, before
-            and after. A block that did not get better has been put back to what it was, and both are equal.
+        error_before, error_after: layer name -> relative squared error of the pruned block's output on held-out tokens,
+            before and after. A block that did not get better has been put back to what it was, and both are equal.
         curve: mean training error over layers, one number per step.
         parameters: the trained parameters, by the student's own names.
     """
@@ -52,8 +52,8 @@ def distill(
 ) -> Distilled:
     """Train the student's MoE blocks, in place.
 
-    The loss of a layer is the squared error of its output relative to the variance of the teacher's, so that layers weigh alike.
-    AdamW, the learning rate falling from its peak to zero as a cosine.
+    The loss of a layer is the squared error of its output relative to the variance of the teacher's, so that layers
+    weigh alike. AdamW, the learning rate falling from its peak to zero as a cosine.
 
     Args:
         teacher, student: on the same device; the student in float32.
@@ -113,7 +113,9 @@ def _train(
         errors = []
         for name, error in _errors(teacher, blocks, batch_BS):
             if not torch.isfinite(error):
-                raise InputError(f"distillation diverged in {name} at step {step}; lower the learning rate (now {learning_rate:g})")
+                raise InputError(
+                    f"distillation diverged in {name} at step {step}; lower the learning rate (now {learning_rate:g})"
+                )
             error.backward()  # layer by layer: only one block's graph is ever in memory
             errors.append(error.item())
         for in_layer in learning.values():

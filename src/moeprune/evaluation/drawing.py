@@ -25,7 +25,7 @@ ACCENT, TINT, MARK = "#1d5fbf", "#eef4fd", "#d1490c"
 # Distinguishable to colour-blind eyes (after Okabe and Ito, without the yellow that white paper swallows).
 SERIES = ("#1d5fbf", "#d1490c", "#00896a", "#a8478a", "#3a9bd0", "#8a6d00", "#555555")
 MARKERS = "osD^vPX"
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.0,
@@ -88,9 +88,7 @@ def panels(count: int, columns: int, height: float, *, share: bool = False) -> t
 
 def colours() -> Colormap:
     """White to dark blue: what is more is darker, on paper too. What was not measured is grey."""
-    result = matplotlib.colormaps["Blues"].copy()
-    result.set_bad("#e9ecef")
-    return result
+    return matplotlib.colormaps["Blues"].with_extremes(bad="#e9ecef")
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -138,10 +136,10 @@ def look(index: int) -> tuple[str, str]:
     return SERIES[(index - 1) % len(SERIES)], MARKERS[(index - 1) // len(SERIES) % len(MARKERS)]
 
 
-def label_points(axes: Axes, points: Sequence[tuple[str, float, float]], fontsize: float = 9.0) -> None:
+def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]], fontsize: float = 9.0) -> None:
     """Write each name beside its point (name, x, y), moved up or down where it would cover another name or point."""
-    axes.figure.draw_without_rendering()  # until then, where the points are on paper is not known
-    per_point = axes.figure.dpi / 72
+    figure.draw_without_rendering()  # until then, where the points are on paper is not known
+    per_point = figure.dpi / 72
     height, gap = fontsize * 1.35 * per_point, 8 * per_point
     on_paper = axes.transData.transform([(x, y) for _, x, y in points])
     taken = [Bbox.from_bounds(x - gap / 2, y - gap / 2, gap, gap) for x, y in on_paper]

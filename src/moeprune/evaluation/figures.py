@@ -1,7 +1,7 @@
 """The figures that people look at, of the Report, the Clusters and the Plan.
 
-Each function returns a matplotlib Figure that belongs to nobody: no pyplot, no window, no global state. They are laid out
-for 6 to 60 layers and 8 to 256 experts. `all_of` gives each its title and the caption that says how to read it.
+Each function returns a matplotlib Figure that belongs to nobody: no pyplot, no window, no global state. They are laid
+out for 6 to 60 layers and 8 to 256 experts. `all_of` gives each its title and the caption that says how to read it.
 
 Legend of shapes: L layers, E experts of a layer.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -34,34 +35,35 @@ def all_of(
 ) -> dict[str, tuple[Figure, str]]:
     """Every figure that the report, and where given the Clusters and the Plan, can fill: title -> (figure, caption)."""
     figures: dict[str, tuple[Figure, str]] = {}
+    domain = report.domain
     if len(report.candidates) > 1:
         figures["What each domain lost"] = (
             loss_increase(report),
             "How much worse than the original each candidate predicts held-out text, in nats per token: short bars on "
-            f"{report.domain}, the domain pruned for, are what one wants; long bars elsewhere are what was given up for it.",
+            f"{domain}, the domain pruned for, are what one wants; long bars elsewhere are what was given up for it.",
         )
         figures["Quality against size"] = (
             quality_and_size(report),
-            f"Each point is a model: further left is smaller, further down predicts {report.domain} better, and the grey line "
-            "joins the models that no other one beats in both.",
+            f"Each point is a model: further left is smaller, further down predicts {domain} better, and the grey "
+            "line joins the models that no other one beats in both.",
         )
         figures["Experts kept per layer"] = (
             experts_kept(report),
-            "How many routed experts each layer has left, against the original's (dashed); candidates with the same counts "
-            "share a line.",
+            "How many routed experts each layer has left, against the original's (dashed); candidates with the same "
+            "counts share a line.",
         )
     if report.expert_use:
         struck = "; a line through experts means that they were removed" if keep else ""
         figures["Which experts each domain uses"] = (
             expert_use(report, keep),
-            f"A row is a layer of the original, its experts ordered by their use on {report.domain}, in every panel alike: "
-            f"dark cells on the right are experts that another domain needs and {report.domain} does not{struck}.",
+            f"A row is a layer of the original, its experts ordered by their use on {domain}, in every panel alike: "
+            f"dark cells on the right are experts that another domain needs and {domain} does not{struck}.",
         )
     if similarity:
         figures["Experts that resemble each other"] = (
             expert_similarity(similarity),
-            "The cosine similarity of every two experts of a layer, ordered by cluster: an outlined square is a cluster, and "
-            "the darker it is inside, the better its experts can stand in for one another.",
+            "The cosine similarity of every two experts of a layer, ordered by cluster: an outlined square is a "
+            "cluster, and the darker it is inside, the better its experts can stand in for one another.",
         )
     return figures
 
@@ -135,7 +137,7 @@ def quality_and_size(report: Report) -> Figure:
     axes.grid()
     axes.set_xlabel(f"on disk, {unit} (further left is smaller)")
     axes.set_ylabel(f"loss on {short(report.domain)}, nats per token\n(further down is better)")
-    drawing.label_points(axes, [point[1:] for point in points])
+    drawing.label_points(figure, axes, [point[1:] for point in points])
     return figure
 
 
@@ -269,7 +271,7 @@ def _similarity_panel(
     panel.set_ylim(experts - 0.5, -0.5)
     edges = np.concatenate([[0], np.cumsum([len(each) for each in members])]) - 0.5
     corners: list[tuple[float, float]] = []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges):
         corners += [(start, start), (end, start), (end, end), (start, end), (start, start), (math.nan, math.nan)]
     # One line for all outlines, broken by the not-a-numbers: a fraction of the bytes of one shape per cluster.
     panel.plot(*zip(*corners, strict=True), color=drawing.MARK, linewidth=1.0 if side > 2 else 0.4, clip_on=False)

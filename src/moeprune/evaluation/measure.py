@@ -1,7 +1,7 @@
 """Measure one checkpoint: how well it predicts text, how fast, in how much memory.
 
-Every model is measured in a process of its own, so that no model's memory is another's. The processes are forked from a server that
-has the libraries loaded, and count only what comes on top.
+Every model is measured in a process of its own, so that no model's memory is another's. The processes are forked from a
+server that has the libraries loaded, and count only what comes on top.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from moeprune.checkpoint.layout import expert_count
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.errors import InputError
 from moeprune.evaluation.report import Quality
@@ -51,10 +52,13 @@ def measure(
     context.set_forkserver_preload(["moeprune.evaluation.measure", "transformers.generation"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_measure_here, checkpoint, data, with_expert_use, batch_blocks, torch.get_num_threads()).result()
+            return pool.submit(
+                _measure_here, checkpoint, data, with_expert_use, batch_blocks, torch.get_num_threads()
+            ).result()
         except BrokenProcessPool as error:
             raise InputError(
-                f"measuring {checkpoint.directory} ended without a result; most likely memory ran out: use smaller batches"
+                f"measuring {checkpoint.directory} ended without a result; most likely memory ran out: use smaller "
+                "batches"
             ) from error
 
 
@@ -73,7 +77,9 @@ def _measure_here(
         for blocks in data:
             quality[blocks.name] = _quality(model, blocks, batch_blocks, speeds)
         peak = _peak_memory_bytes() - baseline
-        expert_use = {blocks.name: _expert_use(model, blocks, batch_blocks) for blocks in data} if with_expert_use else {}
+        expert_use = (
+            {blocks.name: _expert_use(model, blocks, batch_blocks) for blocks in data} if with_expert_use else {}
+        )
     return Measured(quality, peak, statistics.median(speeds), expert_use)
 
 
@@ -93,7 +99,9 @@ def _quality(model: PreTrainedModel, blocks: Blocks, batch_blocks: int, speeds: 
             predicted += len(target)
     mean = loss / predicted
     if not math.isfinite(mean):
-        raise InputError(f"the model's loss on {blocks.name} is not a number; its weights are damaged or overflow in this dtype")
+        raise InputError(
+            f"the model's loss on {blocks.name} is not a number; its weights are damaged or overflow in this dtype"
+        )
     return Quality(loss_nats=mean, perplexity=math.exp(min(mean, 700)), accuracy=hits / predicted, tokens=predicted)
 
 
@@ -101,7 +109,7 @@ def _expert_use(model: PreTrainedModel, blocks: Blocks, batch_blocks: int) -> di
     routed: dict[str, torch.Tensor] = {}
 
     def count(call: ExpertsCall) -> None:
-        seen = torch.bincount(call.index_TK.reshape(-1), minlength=int(call.module.num_experts))  # type: ignore[arg-type]
+        seen = torch.bincount(call.index_TK.reshape(-1), minlength=expert_count(call.module))
         routed[call.layer] = routed.get(call.layer, 0) + seen
 
     with observe(model, count):

@@ -1,8 +1,9 @@
-"""The Report as one self-contained HTML page: opened from a disk, a mail or an artifact store, it needs nothing else."""
+"""The Report as one self-contained HTML page: opened from a disk, a mail or an object store, it needs nothing else."""
 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping
 from importlib.resources import files
@@ -13,8 +14,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from moeprune.atomic import write_beside
 from moeprune.evaluation.drawing import STYLE
-from moeprune.evaluation.report import Report, write_whole
+from moeprune.evaluation.report import Report
 from moeprune.evaluation.verdict import number, verdict
 
 Figures = Mapping[str, tuple[Figure, str]]  # title -> (figure, caption)
@@ -40,8 +42,9 @@ def render(report: Report, figures: Figures, about: Mapping[str, str]) -> str:
 
 
 def write(path: str | Path, report: Report, figures: Figures, about: Mapping[str, str]) -> None:
-    """Write the page, whole or not at all. Raises InputError where the path cannot be written."""
-    write_whole(path, render(report, figures, about))
+    """Write the page, whole or not at all."""
+    with write_beside(Path(path)) as beside:
+        beside.write_text(render(report, figures, about), encoding="utf-8", newline="\n")
 
 
 def _svg(figure: Figure, name: str) -> Markup:
@@ -86,9 +89,11 @@ def _summary(report: Report) -> str:
 
 
 def _nats(increase: float) -> str:
+    if not math.isfinite(increase):
+        return "no longer a finite number"
     if abs(increase) < 0.0005:
         return "the original's"
-    return f"{number(abs(increase))} nats per token {'higher' if increase > 0 else 'lower'} than the original's"
+    return f"{abs(increase):.3f} nats per token {'higher' if increase > 0 else 'lower'} than the original's"
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:

@@ -1,18 +1,18 @@
 """The Report: what was measured, of the original and of each candidate, on the same inputs.
 
-It is JSON on disk, versioned by its field `moeprune_report`. Whatever shows results (terminal, HTML page, MLflow, the gate
-of promotion) reads this type and nothing else.
+It is JSON on disk, versioned by its field `moeprune_report`. Whatever shows results (terminal, HTML page, MLflow, the
+gate of promotion) reads this type and nothing else.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from moeprune.atomic import write_beside
 from moeprune.errors import InputError
 
 VERSION = 1
@@ -105,7 +105,7 @@ class Report(_Record):
 
     @property
     def headline(self) -> Candidate:
-        """The candidate that a run is about: the distilled one, else the pruned one, else the first after the original."""
+        """The candidate a run is about: the distilled one, else the pruned one, else the first after the original."""
         by_name = {candidate.name: candidate for candidate in self.candidates[1:]}
         first = self.candidates[min(1, len(self.candidates) - 1)]
         return by_name.get("distilled") or by_name.get("pruned") or first
@@ -144,8 +144,9 @@ class Report(_Record):
         return candidate.quality[domain].loss_nats - self.original.quality[domain].loss_nats
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON, whole or not at all. Raises InputError where the path cannot be written."""
-        write_whole(path, self.model_dump_json(indent=2) + "\n")
+        """Write as JSON, whole or not at all."""
+        with write_beside(Path(path)) as beside:
+            beside.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -176,20 +177,3 @@ class Report(_Record):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the whole"
             raise InputError(f"The report {path} is damaged at {where}: {first['msg']}. Evaluate again.") from None
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """Write text beside its place, then rename it there, so that no reader ever sees half a file."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror}. Choose a place that can be written.") from None
-    finally:
-        beside.unlink(missing_ok=True)

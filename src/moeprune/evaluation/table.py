@@ -42,12 +42,15 @@ def table(report: Report, candidates: Sequence[int] | None = None) -> Table:
     return result
 
 
-def show(report: Report, console: Console | None = None) -> None:
-    """Print the table; where candidates do not fit side by side, several tables, each with the original in front."""
+def show(report: Report, console: Console | None = None, width: int | None = None) -> None:
+    """Print the table; where candidates do not fit side by side, several tables, each with the original in front.
+
+    `width` in columns is by default the terminal's, or the console's but at least 120 where that is not a terminal.
+    """
     console = console or Console()
-    width = console.width
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        width = max(width, PIPE_WIDTH)
+    if width is None:
+        bounded = console.is_terminal or "COLUMNS" in os.environ
+        width = console.width if bounded else max(console.width, PIPE_WIDTH)
     for part in _parts(report, console, width):
         shown = table(report, part)
         # A table's own width holds where the console's would fold it, as that of a pipe would.

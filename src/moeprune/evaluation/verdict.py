@@ -49,7 +49,7 @@ def number(value: float, digits: int = 3) -> str:
         return str(value)
     if abs(value) >= 1e9:
         return f"{value:.{digits - 1}e}"
-    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    magnitude = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value: 0.0999 is 0.100
     return f"{value:,.{min(max(digits - 1 - magnitude, 0), digits)}f}"
 
 

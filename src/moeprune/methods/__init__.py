@@ -29,8 +29,8 @@ def make_plan(
         options: the method's own options by name.
 
     Raises:
-        InputError: unknown method or option, a ratio outside its range or one that leaves a layer fewer experts than run for
-            a token, or Clusters that were made from other Stats.
+        InputError: unknown method or option, a ratio outside its range or one that leaves a layer fewer experts than
+            run for a token, or Clusters that were made from other Stats.
     """
     chosen = find(method)
     check_ratio(ratio)
@@ -38,8 +38,8 @@ def make_plan(
         if layer.experts - count_of(ratio, layer.experts) < layer.top_k:
             largest = 1 - layer.top_k / layer.experts
             raise InputError(
-                f"removing {ratio:g} of the {layer.experts} experts of {name} leaves fewer than the {layer.top_k} that run for each "
-                f"token; the largest ratio for this model is {largest:g}"
+                f"removing {ratio:g} of the {layer.experts} experts of {name} leaves fewer than the {layer.top_k} "
+                f"that run for each token; the largest ratio for this model is {largest:g}"
             )
     if clusters and (clusters.model, clusters.data) != (stats.model, stats.data):
         raise InputError("the Clusters were not made from these Stats; make them again with `moeprune cluster`")
@@ -48,9 +48,12 @@ def make_plan(
     settings = parse_options(chosen, options or {})
     keep = chosen.decide(Evidence(stats, clusters), ratio, settings)
     layers = {
-        name: LayerPlan(experts=layer.experts, top_k=layer.top_k, keep=keep[name]) for name, layer in stats.layers.items()
+        name: LayerPlan(experts=layer.experts, top_k=layer.top_k, keep=keep[name])
+        for name, layer in stats.layers.items()
     }
-    return Plan(method=method, options=settings.model_dump(), ratio=ratio, model=stats.model, data=stats.data, layers=layers)
+    return Plan(
+        method=method, options=settings.model_dump(), ratio=ratio, model=stats.model, data=stats.data, layers=layers
+    )
 
 
 def find(name: str) -> Method:
@@ -73,4 +76,6 @@ def parse_options(method: Method, options: dict[str, Any]) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         known = ", ".join(method.options.model_fields) or "none"
-        raise InputError(f"option {'.'.join(map(str, first['loc']))} of {method.name}: {first['msg']}; its options: {known}") from error
+        raise InputError(
+            f"option {'.'.join(map(str, first['loc']))} of {method.name}: {first['msg']}; its options: {known}"
+        ) from error

@@ -1,9 +1,10 @@
 """c-prune: cluster the experts of each layer, then those left of all layers, and keep the clusters' representatives.
 
-C-Prune (arXiv 2504.07807). The first stage takes the same number from each layer; the second ranks what is left across layers, so that
-layers end with different numbers. General or for a domain: that is a matter of the calibration data.
+C-Prune (arXiv 2504.07807). The first stage takes the same number from each layer; the second ranks what is left across
+layers, so that layers end with different numbers. General or for a domain: that is a matter of the calibration data.
 
-Beyond the published rule, ties between votes go against the less used expert, and a layer keeps as many as run for a token.
+Beyond the published rule, ties between votes go against the less used expert, and a layer keeps as many as run for a
+token.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _LARGEST_SHARE_OF_A_LAYER = 0.9  # no layer loses more
 
 class CPruneOptions(Options):
     layerwise_share: float = Field(
-        0.5, ge=0, le=1, description="share of the removed experts that the layer-wise stage takes; 1: every layer loses the same"
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the removed experts that the layer-wise stage takes; 1: every layer loses the same",
     )
     global_clusters: int = Field(12, ge=2, description="clusters of the global stage, over the experts of all layers")
 
@@ -53,7 +57,8 @@ def _prune_globally(stats: Stats, keep: Keep, count: int, clusters: int, algorit
     experts_per_layer = max(layer.experts for layer in stats.layers.values())
     votes = count_votes(label_GN, distance_GN, count / len(left), experts_per_layer)
     room = {
-        name: min(int(_LARGEST_SHARE_OF_A_LAYER * layer.experts), layer.experts - layer.top_k) - (layer.experts - len(keep[name]))
+        name: min(int(_LARGEST_SHARE_OF_A_LAYER * layer.experts), layer.experts - layer.top_k)
+        - (layer.experts - len(keep[name]))
         for name, layer in stats.layers.items()
     }
     use = np.array([stats.layers[name].count("routed_tokens")[expert].item() for name, expert in left])

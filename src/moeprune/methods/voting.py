@@ -1,7 +1,7 @@
 """C-Prune's selection rule, as the authors' published selections follow it (arXiv 2504.07807).
 
-For every group of calibration data, experts stand in clusters; in each cluster those nearest to the centre are voted for, as its
-representatives. Votes add up over the groups, and the experts with the fewest go.
+For every group of calibration data, experts stand in clusters; in each cluster those nearest to the centre are voted
+for, as its representatives. Votes add up over the groups, and the experts with the fewest go.
 
 Axes: G groups, N experts of the list that is pruned: one layer's, or those of all layers, layer after layer.
 """
@@ -17,9 +17,9 @@ import numpy as np
 def representatives(members: int, rate: float, experts_per_layer: int) -> int:
     """How many of a cluster's `members` are voted for. Can be negative, which means all but so many.
 
-    With `p = n / E`: `int(c (1 - rate) n)`, `c = 0.6 d + 0.5`, `d = exp(0.5 - p) - exp(p - 0.5) / (exp(p - 0.5) + exp(0.5 - p))`.
-    `E` is the experts of one layer in the global stage too, where clusters can be larger; a negative number then acts, in the
-    published selections, as the end of a slice.
+    With `p = n / E`: `int(c (1 - rate) n)`, `c = 0.6 d + 0.5`, `d = exp(0.5 - p) - exp(p - 0.5) / (exp(p - 0.5) +
+    exp(0.5 - p))`. `E` is the experts of one layer in the global stage too, where clusters can be larger; a negative
+    number then acts, in the published selections, as the end of a slice.
     """
     if members < 3:
         return members
@@ -44,7 +44,8 @@ def count_votes(
 def fewest_votes(votes_N: np.ndarray[Any, Any], count: int, use_N: np.ndarray[Any, Any] | None = None) -> list[int]:
     """The `count` experts to prune.
 
-    Among equals, the least used goes first; without `use_N`, as in the published selections, the one with the lower index.
+    Among equals, the least used goes first; without `use_N`, as in the published selections, the one with the lower
+    index.
     """
     return _ascending(votes_N, use_N)[:count]
 

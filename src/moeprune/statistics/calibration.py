@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from moeprune.checkpoint.layout import expert_count
 from moeprune.errors import InputError
 from moeprune.statistics.collectors import Collector, Probes, Usage
 from moeprune.statistics.observer import ExpertsCall, observe
@@ -34,11 +35,11 @@ def calibrate(
         model: on its device, in evaluation mode.
         fingerprint: of the model's checkpoint; the Stats carry it.
         ids_BS: token ids `[blocks, tokens per block]`.
-        groups: C-Prune clusters each group of blocks for itself and lets the groups vote. Which group a block falls into is
-            read from its content, so that it is the same whoever computes it.
+        groups: C-Prune clusters each group of blocks for itself and lets the groups vote. Which group a block falls
+            into is read from its content, so that it is the same whoever computes it.
         batch_blocks: blocks per forward pass.
-        shard, shards: take only every `shards`-th batch, from `shard` on. The Stats of all shards, merged, are those of one
-            run over everything, bit for bit.
+        shard, shards: take only every `shards`-th batch, from `shard` on. The Stats of all shards, merged, are those of
+            one run over everything, bit for bit.
         on_batch: called after each batch with how many are done, and of how many.
 
     Raises:
@@ -50,13 +51,15 @@ def calibrate(
         raise InputError(f"{groups} groups, {batch_blocks} blocks per batch: both must be at least 1")
     batches = list(ids_BS.split(batch_blocks))[shard::shards]
     if not batches:
-        raise InputError(f"shard {shard} of {shards} has no data: there are only {-(-len(ids_BS) // batch_blocks)} batches")
+        raise InputError(
+            f"shard {shard} of {shards} has no data: there are only {-(-len(ids_BS) // batch_blocks)} batches"
+        )
     collectors: list[Collector] = [Usage(), Probes(groups)]
     layers: dict[str, LayerStats] = {}
     group_B = torch.empty(0, dtype=torch.int64)
 
     def watch(call: ExpertsCall) -> None:
-        layer = layers.setdefault(call.layer, LayerStats(int(call.module.num_experts), call.index_TK.shape[-1]))  # type: ignore[arg-type]
+        layer = layers.setdefault(call.layer, LayerStats(expert_count(call.module), call.index_TK.shape[-1]))
         for collector in collectors:
             collector.collect(call, layer, group_B)
 
@@ -71,7 +74,9 @@ def calibrate(
             try:
                 model(input_ids=batch_BS.to(model.device), use_cache=False)
             except OverflowError as error:
-                raise InputError(f"the model's experts give outputs that cannot be summed: {error}; try another dtype") from error
+                raise InputError(
+                    f"the model's experts give outputs that cannot be summed: {error}; try another dtype"
+                ) from error
             on_batch(done, len(batches))
     return Stats(
         model=fingerprint,

@@ -1,4 +1,5 @@
-"""What is taken down at each call of the experts. A collector is a few lines; a method names the statistics that it needs.
+"""What is taken down at each call of the experts. A collector is a few lines; a method names the statistics that it
+needs.
 
 Axes as in `observer`; G is the number of groups that blocks fall into by their content.
 """
@@ -36,7 +37,8 @@ class Usage:
 class Probes:
     """`probe_output` [G, E, H]: each expert's outputs on the mean-pooled inputs of the blocks, summed per group.
 
-    A block's tokens are averaged into one input, which all experts of the layer get, routed to or not (C-Prune, section 3).
+    A block's tokens are averaged into one input, which all experts of the layer get, routed to or not (C-Prune, section
+    3).
     """
 
     def __init__(self, groups: int) -> None:

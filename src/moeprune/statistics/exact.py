@@ -1,11 +1,13 @@
 """Sums that do not depend on the order of adding.
 
-Floating-point addition is not associative, so two machines that share the calibration data would disagree with one that has it all.
-Each number added here is first rounded to a multiple of 2^-60 and then summed as an integer of two 64-bit limbs:
+Floating-point addition is not associative, so two machines that share the calibration data would disagree with one that
+has it all. Each number added here is first rounded to a multiple of 2^-60 and then summed as an integer of two 64-bit
+limbs:
 
     value = high * 2^-12 + low * 2^-60,    -2^47 <= low < 2^47
 
-Integer addition is exact and the range of `low` makes the representation unique, so any split and any order give the same bits.
+Integer addition is exact and the range of `low` makes the representation unique, so any split and any order give the
+same bits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The one observer: it sees the experts of every family at the door through which transformers calls them.
 
-It is registered once in transformers' `ExpertsInterface`. While it is on, each call of a watched experts module still computes
-what it always does, by the implementation that the model had, and then passes by the collectors.
+It is registered once in transformers' `ExpertsInterface`. While it is on, each call of a watched experts module still
+computes what it always does, by the implementation that the model had, and then passes by the collectors.
 
 Axes: T tokens of a batch, S tokens of a block, B blocks, K experts per token, E experts, H hidden size.
 """
@@ -12,13 +12,14 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moeprune.checkpoint.layout import experts_modules
+from moeprune.checkpoint.layout import expert_count, experts_modules
 
 ExpertsForward = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -47,7 +48,7 @@ class ExpertsCall:
 
     def every_expert(self, x_NH: torch.Tensor) -> torch.Tensor:
         """Run each of the E experts on each of N inputs, unweighted: `[N, E, H]`."""
-        inputs, experts = len(x_NH), int(self.module.num_experts)
+        inputs, experts = len(x_NH), expert_count(self.module)
         index = torch.arange(experts, device=x_NH.device).repeat(inputs)[:, None].to(self.index_TK.dtype)
         ones = torch.ones(index.shape, dtype=self.weight_TK.dtype, device=x_NH.device)
         return self.forward(self.module, x_NH.repeat_interleave(experts, dim=0), index, ones).view(inputs, experts, -1)
@@ -83,16 +84,17 @@ ALL_EXPERTS_FUNCTIONS.register(_NAME, _observed_forward)
 def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
     """Show every call of the model's experts to the watcher, inside the block."""
     modules = experts_modules(model)
-    before = {name: module.config._experts_implementation for name, module in modules.items()}
+    configs = {name: cast(PretrainedConfig, module.config) for name, module in modules.items()}
+    before = {name: config._experts_implementation for name, config in configs.items()}
     for name, module in modules.items():
         # The decorator of the interface wraps the eager implementation, which every family has.
         eager = inspect.unwrap(type(module).forward)
         _watched[module] = _Watched(name, ALL_EXPERTS_FUNCTIONS.get_interface(before[name], eager), watcher)
-    for module in modules.values():
-        module.config._experts_implementation = _NAME
+    for config in configs.values():
+        config._experts_implementation = _NAME
     try:
         yield
     finally:
         for name, module in modules.items():
-            module.config._experts_implementation = before[name]
+            configs[name]._experts_implementation = before[name]
             del _watched[module]

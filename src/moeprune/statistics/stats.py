@@ -1,9 +1,10 @@
 """Stats: what calibration leaves behind. Sums and counts per layer and expert, in one safetensors file.
 
-Two Stats of the same model add up to the Stats of both data sets, bit for bit, however the data was split into batches of blocks.
+Two Stats of the same model add up to the Stats of both data sets, bit for bit, however the data was split into batches
+of blocks.
 
-In the file: the metadata entry `moeprune_stats` holds the header as JSON; the tensors are named `<layer>/<statistic>`. Counts are int64;
-sums are the two limbs of an `ExactSum`, so their first axis is 2.
+In the file: the metadata entry `moeprune_stats` holds the header as JSON; the tensors are named `<layer>/<statistic>`.
+Counts are int64; sums are the two limbs of an `ExactSum`, so their first axis is 2.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class LayerStats:
     def _get(self, table: dict, name: str):  # type: ignore[no-untyped-def]
         if name not in table:
             raise InputError(
-                f"these Stats do not hold {name!r} (they hold {', '.join(sorted([*self.counts, *self.sums]))}); calibrate again"
+                f"these Stats do not hold {name!r} (they hold {', '.join(sorted([*self.counts, *self.sums]))}); "
+                "calibrate again"
             )
         return table[name]
 
@@ -82,7 +84,7 @@ class Stats:
         header = asdict(replace(self, layers={}))
         header["version"] = VERSION
         header["layers"] = {name: {"experts": s.experts, "top_k": s.top_k} for name, s in self.layers.items()}
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, layer in self.layers.items():
             tensors |= {f"{name}/{key}": count.cpu().contiguous() for key, count in layer.counts.items()}
             tensors |= {f"{name}/{key}": total.limbs.cpu().contiguous() for key, total in layer.sums.items()}
@@ -90,7 +92,9 @@ class Stats:
         kinds |= {key: "count" for layer in self.layers.values() for key in layer.counts}
         header["statistics"] = dict(sorted(kinds.items()))
         with write_beside(path) as beside:
-            save_file(dict(sorted(tensors.items())), beside, metadata={"moeprune_stats": json.dumps(header, sort_keys=True)})
+            save_file(
+                dict(sorted(tensors.items())), beside, metadata={"moeprune_stats": json.dumps(header, sort_keys=True)}
+            )
 
     @classmethod
     def load(cls, path: Path) -> Stats:
@@ -110,7 +114,9 @@ class Stats:
                         layers[name].counts[statistic] = file.get_tensor(key)
                 return cls(layers=layers, **header)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is not a readable Stats file ({error}); make one with `moeprune calibrate`") from error
+            raise InputError(
+                f"{path} is not a readable Stats file ({error}); make one with `moeprune calibrate`"
+            ) from error
 
 
 def data_fingerprint(block_hashes: list[bytes]) -> str:
@@ -166,7 +172,10 @@ def merge(parts: list[Stats]) -> Stats:
 
 def _shapes(stats: Stats) -> dict[tuple[str, str], torch.Size]:
     return {
-        (name, key): value.shape
+        (name, key): shape
         for name, layer in stats.layers.items()
-        for key, value in [*layer.counts.items(), *layer.sums.items()]
+        for key, shape in [
+            *((key, count.shape) for key, count in layer.counts.items()),
+            *((key, total.shape) for key, total in layer.sums.items()),
+        ]
     }

@@ -1,4 +1,5 @@
-"""The steps of the pipeline: each brings its inputs here, calls the library, tells MLflow, and puts its output in place.
+"""The steps of the pipeline: each brings its inputs here, calls the library, tells MLflow, and puts its output in
+place.
 
 The command line and the Kubeflow components call these functions and nothing else.
 """

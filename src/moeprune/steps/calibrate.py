@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from moeprune import places, tracking
 from moeprune.checkpoint.loading import Checkpoint
@@ -31,7 +30,13 @@ def calibrate(
 ) -> Stats:
     """Collect Stats of `model` on `data` and put them at `out`. See `statistics.calibration.calibrate` and `texts`."""
     machine.quieten()
-    params = {"model": model, "data": data, "block_tokens": block_tokens, "max_blocks": max_blocks, "shard": f"{shard}/{shards}"}
+    params = {
+        "model": model,
+        "data": data,
+        "block_tokens": block_tokens,
+        "max_blocks": max_blocks,
+        "shard": f"{shard}/{shards}",
+    }
     with (
         tracking.step("calibrate", params | machine.describe()) as run,
         places.output(out) as path,
@@ -59,7 +64,11 @@ def calibrate(
         stats.save(path)
         seconds = time.monotonic() - started
         run.metrics(
-            {"calibration_tokens": stats.tokens, "seconds": seconds, "throughput_tokens_per_second": stats.tokens / seconds}
+            {
+                "calibration_tokens": stats.tokens,
+                "seconds": seconds,
+                "throughput_tokens_per_second": stats.tokens / seconds,
+            }
         )
         return stats
 
@@ -74,4 +83,3 @@ def merge_stats(parts: list[str], out: str) -> Stats:
     with places.output(out) as path:
         merged.save(path)
     return merged
-

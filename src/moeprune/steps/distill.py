@@ -62,7 +62,9 @@ def distill(
         pruned = Checkpoint(student_directory, trust_remote_code)
         check_fits(original, decided)
         if pruned.experts_per_layer != decided.experts_per_layer:
-            raise InputError(f"{student} does not keep the experts that {plan} says; apply that plan to {teacher} first")
+            raise InputError(
+                f"{student} does not keep the experts that {plan} says; apply that plan to {teacher} first"
+            )
         blocks = read_blocks(
             data, original.tokenizer(), block_tokens=block_tokens, max_blocks=max_blocks, text_field=text_field
         )

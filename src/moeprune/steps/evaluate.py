@@ -75,10 +75,17 @@ def evaluate(
         if len(checkpoints) < len(models):
             raise InputError(f"two models have the same name ({', '.join(m.name for m in models)}); name them apart")
         texts = _texts(checkpoints, data, text_field, block_tokens, max_blocks)
+        candidates, expert_use = _measure_all(models, checkpoints, texts, batch_blocks)
         report = Report(
             domain=domain or texts[0].name,
-            data=[DataSet(name=t.name, address=t.address, blocks=len(t.ids_BS), tokens=t.tokens, fingerprint=t.fingerprint) for t in texts],
-            **_measure_all(models, checkpoints, texts, batch_blocks),
+            data=[
+                DataSet(
+                    name=t.name, address=t.address, blocks=len(t.ids_BS), tokens=t.tokens, fingerprint=t.fingerprint
+                )
+                for t in texts
+            ],
+            candidates=candidates,
+            expert_use=expert_use,
             machine=machine.describe(),
         )
         report.save(report_path)
@@ -98,7 +105,8 @@ def _texts(
         if tokenizer.get_vocab() != first.get_vocab():
             raise InputError(f"{name} and {first_name} have different vocabularies; their losses cannot be compared")
     texts = [
-        read_blocks(address, first, block_tokens=block_tokens, max_blocks=max_blocks, text_field=text_field) for address in data
+        read_blocks(address, first, block_tokens=block_tokens, max_blocks=max_blocks, text_field=text_field)
+        for address in data
     ]
     names = [text.name for text in texts]
     if len(set(names)) < len(names):
@@ -108,8 +116,10 @@ def _texts(
 
 def _measure_all(
     models: list[Named], checkpoints: dict[str, Checkpoint], texts: list[Blocks], batch_blocks: int
-) -> dict[str, object]:
-    candidates, original_use = [], {}
+) -> tuple[list[Candidate], dict[str, dict[str, list[float]]]]:
+    """The candidates, and the original's use of its experts."""
+    candidates: list[Candidate] = []
+    original_use: dict[str, dict[str, list[float]]] = {}
     with progress("evaluate") as on_model:
         for done, model in enumerate(models, start=1):
             is_original = done == 1
@@ -118,7 +128,7 @@ def _measure_all(
                 original_use = measured.expert_use
             candidates.append(_candidate(model, checkpoints[model.name], measured))
             on_model(done, len(models))
-    return {"candidates": candidates, "expert_use": original_use}
+    return candidates, original_use
 
 
 def _candidate(model: Named, checkpoint: Checkpoint, measured: Measured) -> Candidate:

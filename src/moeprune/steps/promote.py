@@ -17,7 +17,8 @@ def promote(
     max_loss_increase_nats: float = 0.25,
     alias: str = ALIAS,
 ) -> Verdict:
-    """Register `model` as a new version of `name` and move the alias to it, if the Report says that it lost little enough.
+    """Register `model` as a new version of `name` and move the alias to it, if the Report says that it lost little
+    enough.
 
     Args:
         report: address of the Report that measured it.

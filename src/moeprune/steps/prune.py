@@ -84,9 +84,7 @@ def _plan(
         return decided
 
 
-def _apply(
-    run: TrackedRun, model: str, plan: str, out: str, shard_bytes: int, trust_remote_code: bool
-) -> Checkpoint:
+def _apply(run: TrackedRun, model: str, plan: str, out: str, shard_bytes: int, trust_remote_code: bool) -> Checkpoint:
     with places.output(out) as path, places.local_file(plan) as plan_path, places.local_model(model) as directory:
         refuse_to_overwrite(path)
         decided = Plan.load(plan_path)

@@ -1,0 +1,66 @@
+# moeprune: the commands of the repository. `make help` lists them.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STATE  ?= .moeprune
+ARGS   ?=
+
+MLFLOW_PORT ?= 5000
+S3_PORT     ?= 8333
+export MLFLOW_PORT S3_PORT
+
+.DEFAULT_GOAL := help
+.PHONY: help run up down test lint format compile reference-model lock clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: $(VENV)/ready  ## prune the embedded model for code, start to end; ARGS='--ratio 0.25' changes it (moeprune run --help)
+	@$(BIN)/moeprune run --state $(STATE) $(ARGS)
+
+up: $(VENV)/ready  ## start the MLflow and S3 servers and leave them running
+	@$(BIN)/moeprune up --state $(STATE)
+
+down: $(VENV)/ready  ## stop them
+	@$(BIN)/moeprune down --state $(STATE)
+
+test: $(VENV)/ready-dev  ## the tests
+	@$(BIN)/pytest -q $(ARGS)
+
+lint: $(VENV)/ready-dev  ## style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/ready-dev  ## put the code into the house's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+compile: $(VENV)/ready  ## write build/prune.yaml, to upload in the Kubeflow UI
+	@$(BIN)/python -m moeprune.pipelines.compile build/prune.yaml
+
+reference-model: $(VENV)/ready-dev  ## train the embedded model again (about 75 minutes on one core)
+	@OMP_NUM_THREADS=1 $(BIN)/python reference_model/train.py --out src/moeprune/builtin/model
+
+lock: $(VENV)/ready-dev  ## write the exact versions that are installed to constraints.txt
+	@$(BIN)/pip freeze --exclude-editable | grep -viE '^(pip|setuptools|wheel)==| @ ' > constraints.txt
+
+clean:  ## remove what the commands made, the environment too
+	@rm -rf $(VENV) $(STATE) build .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+
+# The environment: made once, and again when what it is made from changes.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "moeprune needs Python 3.11 to 3.13; choose one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/ready: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (a few minutes, once) ..."
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[local]'
+	@touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready
+	@echo "installing the tools for tests and lint into $(VENV) ..."
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
