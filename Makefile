@@ -44,7 +44,7 @@ reference-model: $(VENV)/ready-dev  ## train the embedded model again (about 75 
 	@OMP_NUM_THREADS=1 $(BIN)/python reference_model/train.py --out src/moeprune/builtin/model
 
 lock: $(VENV)/ready-dev  ## write the exact versions that are installed to constraints.txt
-	@$(BIN)/pip freeze --exclude-editable | grep -viE '^(pip|setuptools|wheel)==| @ ' > constraints.txt
+	@$(BIN)/pip freeze --exclude-editable | grep -viE '^(pip|setuptools|wheel)==| @ ' | sed 's/+cpu//' > constraints.txt
 
 clean:  ## remove what the commands made, the environment too
 	@rm -rf $(VENV) $(STATE) build .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

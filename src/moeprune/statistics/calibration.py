@@ -23,6 +23,7 @@ def calibrate(
     fingerprint: str,
     ids_BS: torch.Tensor,
     *,
+    source: str = "",
     groups: int = GROUPS,
     batch_blocks: int = BATCH_BLOCKS,
     shard: int = 0,
@@ -35,6 +36,7 @@ def calibrate(
         model: on its device, in evaluation mode.
         fingerprint: of the model's checkpoint; the Stats carry it.
         ids_BS: token ids `[blocks, tokens per block]`.
+        source: address of the data; the Stats carry it.
         groups: C-Prune clusters each group of blocks for itself and lets the groups vote. Which group a block falls
             into is read from its content, so that it is the same whoever computes it.
         batch_blocks: blocks per forward pass.
@@ -85,5 +87,6 @@ def calibrate(
         tokens=sum(batch.numel() for batch in batches),
         blocks=len(hashes),
         blocks_per_group=blocks_per_group.tolist(),
-        layers={name: layers[name] for name in layers},
+        layers=layers,
+        sources=[source] if source else [],
     )

@@ -69,6 +69,7 @@ class Stats:
         tokens, blocks: how many were seen.
         blocks_per_group: blocks in each of the G groups that C-Prune votes over.
         layers: name of the experts module -> its statistics, in the order of the model.
+        sources: addresses of the data, sorted; for people, the fingerprint is what counts.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Stats:
     blocks: int
     blocks_per_group: list[int]
     layers: dict[str, LayerStats]
+    sources: list[str] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Write the file beside its place, then rename it."""
@@ -150,6 +152,7 @@ def merge(parts: list[Stats]) -> Stats:
         blocks=sum(part.blocks for part in parts),
         blocks_per_group=[sum(counts) for counts in zip(*(part.blocks_per_group for part in parts), strict=False)],
         layers={},
+        sources=sorted({source for part in parts for source in part.sources}),
     )
     for index, part in enumerate(parts[1:], start=2):
         for what in ("model", "block_tokens"):

@@ -55,6 +55,7 @@ def calibrate(
                 loaded,
                 fingerprint,
                 blocks.ids_BS,
+                source=blocks.address,
                 groups=groups,
                 batch_blocks=batch_blocks,
                 shard=shard,

@@ -14,6 +14,7 @@ from moeprune.methods import check_ratio, find, make_plan, parse_options
 from moeprune.plan import Plan
 from moeprune.progress import progress
 from moeprune.statistics import Stats
+from moeprune.texts import short_name
 from moeprune.tracking import TrackedRun
 
 
@@ -77,11 +78,20 @@ def _plan(
         if clusters:
             with places.local_file(clusters) as clusters_path:
                 loaded_clusters = Clusters.load(clusters_path)
-        decided = make_plan(method, ratio, Stats.load(stats_path), loaded_clusters, options)
+        evidence = Stats.load(stats_path)
+        decided = make_plan(method, ratio, evidence, loaded_clusters, options)
         decided.save(path)
         run.text(decided.model_dump_json(indent=1), "plan.json")
+        _log_calibration_data(run, evidence)
         run.metrics({"removed_experts_share": decided.removed})
         return decided
+
+
+def _log_calibration_data(run: TrackedRun, stats: Stats) -> None:
+    """Also to the pipeline's run: where calibration was reused from an earlier one, nobody else would."""
+    name = "+".join(short_name(source) for address in stats.sources for source in address.split(","))
+    for tracked in [run, run.parent] if run.parent_id else [run]:
+        tracked.dataset(name, ",".join(stats.sources), stats.data, "calibration", stats.tokens)
 
 
 def _apply(run: TrackedRun, model: str, plan: str, out: str, shard_bytes: int, trust_remote_code: bool) -> Checkpoint:
