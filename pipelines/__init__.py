@@ -1,0 +1,1 @@
+"""Wiring: components become pipelines. Installed as `moeprune.pipelines`, hence relative imports among its modules."""

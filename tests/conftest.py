@@ -1,99 +1,109 @@
-"""What the tests share: tiny random models of five families with a real tokenizer, texts, and the two services.
+"""What the tests share. All of it is made in temporary directories; nothing is downloaded."""
 
-Everything is made in a temporary directory; nothing is downloaded, and the user's own environment is kept out.
-"""
-
+# ruff: noqa: E402
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
 
-# Read by the libraries when they are imported: what they cache goes to a directory of this test run.
+# The libraries read these when they are imported: their caches go to a directory of this test run.
 _HOME = tempfile.mkdtemp(prefix="moeprune-tests-")
-os.environ |= {"HF_HOME": _HOME, "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+os.environ |= {"HF_HOME": _HOME, "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONWARNINGS": "ignore"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+for _name in [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_", "KFP_", "MOEPRUNE_"))]:
+    if _name not in {"MLFLOW_DISABLE_TELEMETRY", "MOEPRUNE_CPRUNE_REFERENCE"}:
+        del os.environ[_name]  # the user's own services are not to be tested on
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from random import Random
 
 import pytest
+import tiny
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV2Config,
-    GenerationConfig,
-    GraniteMoeConfig,
-    LlamaConfig,
-    MixtralConfig,
-    OlmoeConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2MoeConfig,
-)
+from transformers import PreTrainedModel
 
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.services import Services, session
 from moeprune.services.ports import free_ports
-from moeprune.statistics import Stats
-from moeprune.statistics.calibration import calibrate
-from moeprune.texts import Blocks, read_blocks
 
 torch.set_num_threads(1)
 
-EXPERTS = 8
-TOP_K = 2
-HIDDEN = 32
-BLOCK_TOKENS = 24
 
-_SIZES = {
-    "vocab_size": 320,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 24,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": TOP_K,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.25,  # large enough that each expert shows in the logits
-}
+@pytest.fixture(scope="session", autouse=True)
+def _clean_home() -> Iterator[None]:
+    yield
+    shutil.rmtree(_HOME, ignore_errors=True)
 
-# Between them: gate weights from a softmax before and after the choice of the top-k, with and without being renormalised;
-# a shared expert; a dense first layer; experts counted by four different names.
-FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
-    "qwen2_moe": lambda: Qwen2MoeConfig(
-        **_SIZES,
-        num_hidden_layers=3,
-        num_experts=EXPERTS,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=24,
-        decoder_sparse_step=1,
-        norm_topk_prob=False,
-    ),
-    "mixtral": lambda: MixtralConfig(**_SIZES, num_hidden_layers=2, num_local_experts=EXPERTS),
-    "olmoe": lambda: OlmoeConfig(**_SIZES, num_hidden_layers=2, num_experts=EXPERTS, norm_topk_prob=True),
-    "deepseek_v2": lambda: DeepseekV2Config(
-        **_SIZES,
-        num_hidden_layers=3,
-        first_k_dense_replace=1,
-        n_routed_experts=EXPERTS,
-        n_shared_experts=1,
-        moe_intermediate_size=16,
-        kv_lora_rank=16,
-        q_lora_rank=None,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        topk_method="greedy",
-        routed_scaling_factor=1.5,
-    ),
-    "granitemoe": lambda: GraniteMoeConfig(
-        **_SIZES, num_hidden_layers=2, num_local_experts=EXPERTS, logits_scaling=1.0, residual_multiplier=1.0
-    ),
-}
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a tiny checkpoint of a family, written once."""
+    root = tmp_path_factory.mktemp("models")
+
+    def get(family: str) -> Path:
+        directory = root / family
+        return directory if directory.is_dir() else tiny.write(directory, tiny.FAMILIES[family]())
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def model_of(checkpoint_of: Callable[[str], Path]) -> Callable[[str], PreTrainedModel]:
+    """That checkpoint in memory, loaded once; whoever changes it takes a copy."""
+    loaded: dict[str, PreTrainedModel] = {}
+
+    def get(family: str) -> PreTrainedModel:
+        if family not in loaded:
+            loaded[family] = Checkpoint(checkpoint_of(family)).load()
+        return loaded[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def qwen(checkpoint_of: Callable[[str], Path]) -> Path:
+    """The checkpoint for tests to which the family does not matter."""
+    return checkpoint_of("qwen2_moe")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of some 2,000 tokens."""
+    return tiny.write_jsonl(tmp_path_factory.mktemp("texts") / "corpus.jsonl", tiny.sentences(1, 60))
+
+
+@pytest.fixture(scope="session")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    """A real MLflow server and a real S3 server, on free ports."""
+    with session(tmp_path_factory.mktemp("services"), *free_ports(2)) as running:
+        yield running
+
+
+@pytest.fixture
+def connected(services: Services, monkeypatch: pytest.MonkeyPatch) -> Services:
+    """The environment of a user of both services."""
+    for name, value in services.environment().items():
+        monkeypatch.setenv(name, value)
+    return services
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line in this process, by its entry point: exit code, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        from moeprune.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["moeprune", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run

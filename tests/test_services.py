@@ -17,7 +17,7 @@ import pytest
 from moeprune.errors import InputError, MoepruneError, ServiceError
 from moeprune.services import BUCKET, Services, down, process, running, session, up, weed
 from moeprune.services.ports import free_ports
-from moeprune.services.process import Server
+from moeprune.services.process import Launch, Server
 from moeprune.services.state import Record
 
 boto3 = pytest.importorskip("boto3", reason="the local services need moeprune[local]")
@@ -64,7 +64,7 @@ def groups(state: Path) -> dict[str, int]:
 
 
 def living(group: int) -> dict[int, str]:
-    return process._members(group)
+    return process.members(group)
 
 
 def answering(port: int) -> bool:
@@ -266,6 +266,21 @@ def test_down_tolerates_nothing_and_nonsense(tmp_path: Path) -> None:
     assert running(tmp_path) is None
 
 
+def test_children_of_a_killed_server_are_stopped(tmp_path: Path) -> None:
+    """Also those that do not care for SIGTERM."""
+    child = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    command = [sys.executable, "-c", parent]
+    server = process.start(Launch("parent", command, dict(os.environ), tmp_path, tmp_path / "log", port=1))
+    wait_for(lambda: len(living(server.group)) == 2)
+    server = server.seen()
+    os.kill(server.group, signal.SIGKILL)
+    wait_for(lambda: len(living(server.group)) == 1)
+    assert server.alive
+    process.stop([server])
+    assert not living(server.group)
+
+
 def test_processes_are_found_without_proc() -> None:
     """macOS has no /proc; `ps` must find the same processes."""
     if not Path("/proc/self/stat").exists():
@@ -290,20 +305,22 @@ with session(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])):
 """
 
 
-def begin_session(state: Path) -> tuple[subprocess.Popen[str], list[int]]:
-    ports = free_ports(2)
-    arguments = [sys.executable, "-c", SESSION, str(state), *map(str, ports)]
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A Python process in a session whose state is `tmp_path`."""
+    arguments = [sys.executable, "-c", SESSION, str(tmp_path), *map(str, free_ports(2))]
     # Like a shell's job: a process group of its own, which the terminal's Ctrl-C goes to.
-    job = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
-    return job, ports
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0) as job:
+        yield job
+        job.kill()
+    down(tmp_path)
 
 
-def test_ctrl_c_ends_the_last_session_and_the_servers(tmp_path: Path) -> None:
-    job, ports = begin_session(tmp_path)
+def test_ctrl_c_ends_the_last_session_and_the_servers(job: subprocess.Popen[str], tmp_path: Path) -> None:
     assert job.stdout is not None
     assert job.stdout.readline() == "in use\n"
-    started = groups(tmp_path)
-    assert started.keys() == {"s3", "mlflow"}
+    servers = Record.load(tmp_path).servers
+    assert servers.keys() == {"s3", "mlflow"}
     with session(tmp_path):
         pass
     assert running(tmp_path) is not None, "another session ended what this one uses"
@@ -312,14 +329,13 @@ def test_ctrl_c_ends_the_last_session_and_the_servers(tmp_path: Path) -> None:
     os.killpg(job.pid, signal.SIGINT)  # people press it twice
     job.communicate(timeout=30)
     assert job.returncode == -signal.SIGINT
-    assert not any(map(living, started.values()))
-    assert not any(map(answering, ports))
+    assert not any(living(server.group) for server in servers.values())
+    assert not any(answering(server.port) for server in servers.values())
     assert not (tmp_path / "running.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_starting(tmp_path: Path, number: signal.Signals) -> None:
-    job, _ = begin_session(tmp_path)
+def test_a_signal_while_starting(job: subprocess.Popen[str], tmp_path: Path, number: signal.Signals) -> None:
     wait_for(lambda: groups(tmp_path).keys() == {"s3", "mlflow"})
     started = groups(tmp_path)
     os.killpg(job.pid, number)
@@ -329,8 +345,7 @@ def test_a_signal_while_starting(tmp_path: Path, number: signal.Signals) -> None
     assert groups(tmp_path) == {}
 
 
-def test_down_ends_what_a_killed_session_left(tmp_path: Path) -> None:
-    job, _ = begin_session(tmp_path)
+def test_down_ends_what_a_killed_session_left(job: subprocess.Popen[str], tmp_path: Path) -> None:
     wait_for(lambda: groups(tmp_path).keys() == {"s3", "mlflow"})
     started = groups(tmp_path)
     job.kill()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from moeprune.plan import LayerPlan, Plan
+from moeprune.statistics import ExactSum, LayerStats, Stats
 
 EXPERTS = 8
 TOP_K = 2
@@ -92,10 +93,10 @@ def group_limited_config() -> PretrainedConfig:
     return config
 
 
-_WORDS = (
-    "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one "
-    "you were her all she there would their we him been has when who will more no if out so said what up its about into"
-).split()
+_WORDS = """
+the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one you
+were her all she there would their we him been has when who will more no if out so said what up its about into
+""".split()  # noqa: SIM905
 
 
 def sentences(seed: int, count: int) -> list[str]:
@@ -161,7 +162,39 @@ def experts_module_names(model: torch.nn.Module) -> list[str]:
 
 
 def plan_for(names: list[str], keep: list[list[int]], fingerprint: str, experts: int = EXPERTS) -> Plan:
-    layers = {
-        name: LayerPlan(experts=experts, top_k=TOP_K, keep=kept) for name, kept in zip(names, keep, strict=True)
-    }
+    layers = {name: LayerPlan(experts=experts, top_k=TOP_K, keep=kept) for name, kept in zip(names, keep, strict=True)}
     return Plan(method="by hand", options={}, ratio=0.5, model=fingerprint, data="0" * 32, layers=layers)
+
+
+def make_stats(
+    routed_LE: Sequence[Sequence[int]],
+    probes_LGEH: torch.Tensor | None = None,
+    *,
+    top_k: int = TOP_K,
+    blocks_per_group: list[int] | None = None,
+    name: str = "model.layers.{}.mlp.experts",
+    model: str = "f" * 64,
+    data: str = "1" * 32,
+) -> Stats:
+    """Stats by hand: how often each expert of each layer is used, and what it puts out, as sums over a group's blocks."""
+    experts = len(routed_LE[0])
+    if probes_LGEH is None:
+        generator = torch.Generator().manual_seed(0)
+        probes_LGEH = torch.randn(len(routed_LE), 2, experts, 4, generator=generator)
+    blocks_per_group = blocks_per_group or [3] * probes_LGEH.shape[1]
+    layers = {}
+    for place, (routed_E, probes_GEH) in enumerate(zip(routed_LE, probes_LGEH, strict=True)):
+        routed = torch.tensor(routed_E, dtype=torch.int64)
+        probes = ExactSum.zeros(*probes_GEH.shape).add_(probes_GEH)
+        layers[name.format(place)] = LayerStats(
+            experts,
+            top_k,
+            counts={"routed_tokens": routed},
+            sums={
+                "gate": ExactSum.zeros(experts).add_(routed / 2),
+                "probe_output": probes,
+                "probe_contribution": ExactSum(probes.limbs.clone()),
+            },
+        )
+    blocks = sum(blocks_per_group)
+    return Stats(model, data, BLOCK_TOKENS, blocks * BLOCK_TOKENS, blocks, blocks_per_group, layers)

@@ -1,0 +1,3 @@
+from .component import calibrate
+
+__all__ = ["calibrate"]

@@ -1,0 +1,3 @@
+from .component import cluster
+
+__all__ = ["cluster"]

@@ -1,0 +1,3 @@
+from .component import global_prune
+
+__all__ = ["global_prune"]

@@ -62,6 +62,22 @@ def local_file(address: str) -> Iterator[Path]:
         raise InputError(f"there is no file {address}")
 
 
+def version(address: str) -> str:
+    """A text that changes when what lies at the address of a model or text does. It is made without reading that; for
+    the hub it is the address itself.
+
+    Raises:
+        InputError: nothing is there on S3.
+        ServiceError: S3 refuses, or cannot be reached.
+    """
+    if is_remote(address):
+        return f"{address} {[(item['Key'], item['ETag']) for item in _objects(address)]}"
+    path = _BUILTIN_MODEL if address == REFERENCE_MODEL else Path(address)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    sizes = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return f"{address} {sizes}"
+
+
 @contextmanager
 def output(address: str) -> Iterator[Path]:
     """Yield a local path to write a file or directory at; it is at `address` after the block, unless the block raised.
@@ -133,18 +149,26 @@ def _download(address: str, target: Path) -> Path:
     """Bring one object, or everything below a prefix, to `target`."""
     bucket, key = _bucket_and_key(address)
     client = _s3()
+    found = [item["Key"] for item in _objects(address)]
     with _speaking_plainly(address):
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-        keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
-        wanted = [found for found in keys if found == key or found.startswith(key + "/")]
-        if not wanted:
-            raise InputError(f"there is nothing at {address}")
-        for found in wanted:
-            relative = found.removeprefix(key).lstrip("/")
+        for name in found:
+            relative = name.removeprefix(key).lstrip("/")
             path = target / relative if relative else target
             path.parent.mkdir(parents=True, exist_ok=True)
-            client.download_file(bucket, found, str(path))
+            client.download_file(bucket, name, str(path))
     return target
+
+
+def _objects(address: str) -> list[dict[str, Any]]:
+    """The object at an address, or those below it. Raises InputError where there is none."""
+    bucket, key = _bucket_and_key(address)
+    with _speaking_plainly(address):
+        pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        present = [item for page in pages for item in page.get("Contents", [])]
+        wanted = [item for item in present if item["Key"] == key or item["Key"].startswith(key + "/")]
+        if not wanted:
+            raise InputError(f"there is nothing at {address}")
+        return wanted
 
 
 def _upload(path: Path, address: str) -> None:

@@ -117,6 +117,7 @@ def connect() -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # we say it ourselves, where it helps
     try:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
@@ -188,7 +189,7 @@ def pipeline_run(name: str, params: Mapping[str, Any]) -> Iterator[TrackedRun]:
     before = os.environ.get(PARENT_RUN_VARIABLE)
     os.environ[PARENT_RUN_VARIABLE] = tracked.run_id
     try:
-        with _ending(tracked, owned=True):
+        with _ending(tracked, owned=True), _no_orphans(tracked):
             tracked.params(params)
             yield tracked
     finally:
@@ -202,7 +203,7 @@ def _ending(run: TrackedRun, owned: bool) -> Iterator[None]:
     status = "FINISHED"
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter is how SIGTERM may come
         status = "KILLED"
         raise
     except BaseException as error:
@@ -212,6 +213,19 @@ def _ending(run: TrackedRun, owned: bool) -> Iterator[None]:
     finally:
         if owned and run.client:
             run.client.set_terminated(run.run_id, status)
+
+
+@contextmanager
+def _no_orphans(parent: TrackedRun) -> Iterator[None]:
+    """After an error, end the runs of steps that had no time to do so themselves."""
+    try:
+        yield
+    except BaseException:
+        assert parent.client is not None
+        query = f"tags.`{_PARENT_TAG}` = '{parent.run_id}' and attributes.status = 'RUNNING'"
+        for run in parent.client.search_runs([parent.experiment_id], query):
+            parent.client.set_terminated(run.info.run_id, "KILLED")
+        raise
 
 
 def _run_of_kubeflow(client: MlflowClient, experiment: str) -> str:

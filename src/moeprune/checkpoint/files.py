@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 
 from moeprune.errors import InputError
 
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 30
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,12 @@ class CheckpointFiles:
     def _shards(self) -> list[str]:
         index = self.directory / INDEX_NAME
         if index.is_file():
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise InputError(f"{index} is damaged: it does not say which shard holds what ({error})") from error
+        if (self.directory / SINGLE_NAME).is_file():  # others beside it are not this model's, or hold it once more
+            return [SINGLE_NAME]
         shards = sorted(path.name for path in self.directory.glob("*.safetensors"))
         if not shards:
             raise InputError(f"{self.directory} holds no safetensors files; moeprune reads no other format of weights")
@@ -108,7 +115,7 @@ def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], out: Path, shard_
     flush()
 
     if len(shards) == 1:
-        (out / "shard-0").rename(out / "model.safetensors")
+        (out / "shard-0").rename(out / SINGLE_NAME)
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
@@ -122,8 +129,8 @@ def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], out: Path, shard_
 def copy_other_files(source: Path, target: Path) -> None:
     """Carry over what lies beside the weights: config, tokenizer, chat template, generation config, licence.
 
-    Not the model card, which tells of the source only.
+    Not the model card, which tells of the source only, nor the same weights in other formats.
     """
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in {INDEX_NAME, "README.md"}:
+        if path.is_file() and path.suffix not in _WEIGHTS and path.name not in {INDEX_NAME, "README.md"}:
             shutil.copy(path, target / path.name)

@@ -62,9 +62,12 @@ class Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises InputError where the checkpoint has none."""
         try:
-            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
         except (ValueError, OSError, KeyError, TypeError) as error:
             raise InputError(f"{self.directory} has no readable tokenizer: {_first_line(error)}") from error
+        if not tokenizer("a 1", add_special_tokens=False)["input_ids"]:  # what some classes make of no files at all
+            raise InputError(f"{self.directory} has no readable tokenizer: the one there is has no vocabulary")
+        return tokenizer
 
     def load(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
         """Load the model for inference.

@@ -7,6 +7,7 @@ other tensors, tokenizer, chat template, generation config, licence.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ def apply(
 
 
 def check_fits(source: Checkpoint, plan: Plan) -> None:
-    """Raise InputError where a plan was made for another model."""
+    """Raise InputError where a plan was made for another model, or cannot be carried out on this one."""
     if modelling.experts_per_layer(source.config):
         raise InputError(
             f"{source.directory} is pruned already, layer by layer differently; prune the original with another ratio"
@@ -68,6 +69,25 @@ def check_fits(source: Checkpoint, plan: Plan) -> None:
             f"the plan was made for another model (fingerprint {plan.model[:12]}) than {source.directory} "
             f"({source.fingerprint[:12]}); make one with `moeprune plan` from Stats of this model"
         )
+
+    _check_groups(source, plan)
+
+
+def _check_groups(source: Checkpoint, plan: Plan) -> None:
+    """Raise InputError where the router first chooses among equal groups of experts, and they would not stay equal."""
+    holder = source.config
+    for part in source.layout.config_path[:-1]:
+        holder = getattr(holder, part)
+    groups = getattr(holder, "n_group", None) or 1
+    if groups == 1 or getattr(holder, "topk_method", "") == "greedy":
+        return
+    for name, layer in plan.layers.items():
+        kept = Counter(expert // (layer.experts // groups) for expert in layer.keep)
+        if len(kept) < groups or len(set(kept.values())) > 1:
+            raise InputError(
+                f"the router of {name} chooses among {groups} groups of experts before it chooses experts; "
+                "the plan must keep the same number of each group"
+            )
 
 
 # What happens to one stored tensor: its new name and values, or None where it goes.

@@ -1,5 +1,33 @@
-"""The command line: `moeprune STEP ...`. Each command is one step of the pipeline on its own."""
+"""The command line: `moeprune STEP ...`, each step of the pipeline on its own; `moeprune run`, all of it."""
 
-from moeprune.cli.app import main
+from __future__ import annotations
 
-__all__ = ["main"]
+import sys
+
+from moeprune.errors import MoepruneError
+
+_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run a command; an error that the user can mend is one sentence on standard error, not a traceback."""
+    try:
+        # Imported here since that takes seconds, in which Ctrl-C is to be answered, too.
+        from moeprune.cli import run, services  # noqa: F401 (they add their commands)
+        from moeprune.cli.app import app
+
+        app(standalone_mode=True)
+    except MoepruneError as error:
+        sys.stderr.write(f"moeprune: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _say_interrupted()
+        sys.exit(_INTERRUPTED)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # what typer makes of Ctrl-C
+            _say_interrupted()
+        raise
+
+
+def _say_interrupted() -> None:
+    sys.stderr.write("moeprune: interrupted; nothing was left half-written\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -10,11 +9,8 @@ from rich.console import Console
 
 import moeprune
 from moeprune.clusters import ALGORITHMS
-from moeprune.errors import MoepruneError
 from moeprune.methods import METHODS
 from moeprune.places import REFERENCE_MODEL
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     help="Make a Mixture-of-Experts LLM smaller for a domain, and prove what it kept. MODEL is a local directory, an "
@@ -59,7 +55,8 @@ SettingOption = Annotated[
 ]
 
 
-def _options(settings: list[str] | None) -> dict[str, Any]:
+def parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    """`--set NAME=VALUE ...` as options by name."""
     pairs = [setting.partition("=") for setting in settings or []]
     for name, equals, _ in pairs:
         if not equals:
@@ -119,12 +116,20 @@ def cluster(
     stats: StatsOption,
     out: Annotated[str, typer.Option(metavar="FILE", help="where to write the Clusters")],
     algorithm: Annotated[str, typer.Option(help=f"one of {', '.join(ALGORITHMS)}")] = "ward",
+    embedding: Annotated[
+        str,
+        typer.Option(
+            help="what makes experts alike: their contribution, as the router mixes it, or their output (the paper's)"
+        ),
+    ] = "contribution",
     clusters_per_layer: Annotated[int, typer.Option(help="0: 12 for every 64 experts")] = 0,
 ) -> None:
     """Group the experts of each layer by what they put out (Clusters)."""
     from moeprune import steps
 
-    clusters = steps.cluster(stats, out, algorithm=algorithm, clusters_per_layer=clusters_per_layer)
+    clusters = steps.cluster(
+        stats, out, algorithm=algorithm, embedding=embedding, clusters_per_layer=clusters_per_layer
+    )
     console.print(f"{out}: {clusters.clusters_per_layer} clusters in each of {len(clusters.layers)} layers")
 
 
@@ -142,7 +147,7 @@ def plan(
     """Decide which experts stay (a Plan, to read, edit and apply)."""
     from moeprune import steps
 
-    decided = steps.plan(method, ratio, stats, out, clusters=clusters, options=_options(settings))
+    decided = steps.plan(method, ratio, stats, out, clusters=clusters, options=parse_settings(settings))
     counts = decided.experts_per_layer.values()
     console.print(f"{out}: removes {decided.removed:.1%} of the experts; layers keep {min(counts)} to {max(counts)}")
 
@@ -301,15 +306,3 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-def main() -> None:
-    """Run a command; an error that the user can mend is one sentence on standard error, not a traceback."""
-    try:
-        app(standalone_mode=True)
-    except MoepruneError as error:
-        sys.stderr.write(f"moeprune: {error}\n")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("moeprune: interrupted; nothing was left half-written\n")
-        sys.exit(INTERRUPTED)

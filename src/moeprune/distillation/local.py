@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -148,7 +149,8 @@ def _errors(
         teacher(input_ids=ids_BS.to(teacher.device), use_cache=False)
     for name, block in blocks.items():
         call = seen.pop(name)  # frees the activations as the layers are done
-        output = _first(block(*call.args, **call.kwargs)).float()
+        args, kwargs = call.as_dtype(next(block.parameters()).dtype)
+        output = _first(block(*args, **kwargs)).float()
         target = call.output.float()
         yield name, torch.nn.functional.mse_loss(output, target) / target.var().clamp_min(1e-12)
 
@@ -158,6 +160,14 @@ class _BlockCall:
     args: tuple
     kwargs: dict
     output: torch.Tensor
+
+    def as_dtype(self, dtype: torch.dtype) -> tuple[tuple, dict]:
+        """The arguments for a student of another precision than the teacher's."""
+
+        def convert(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        return tuple(map(convert, self.args)), {key: convert(value) for key, value in self.kwargs.items()}
 
 
 @contextmanager

@@ -35,12 +35,7 @@ def make_plan(
     chosen = find(method)
     check_ratio(ratio)
     for name, layer in stats.layers.items():
-        if layer.experts - count_of(ratio, layer.experts) < layer.top_k:
-            largest = 1 - layer.top_k / layer.experts
-            raise InputError(
-                f"removing {ratio:g} of the {layer.experts} experts of {name} leaves fewer than the {layer.top_k} "
-                f"that run for each token; the largest ratio for this model is {largest:g}"
-            )
+        check_room(ratio, name, layer.experts, layer.top_k)
     if clusters and (clusters.model, clusters.data) != (stats.model, stats.data):
         raise InputError("the Clusters were not made from these Stats; make them again with `moeprune cluster`")
     if chosen.uses_clusters and clusters is None:
@@ -67,6 +62,15 @@ def check_ratio(ratio: float) -> None:
     """Raises InputError where a ratio of experts to remove is outside [0, 1)."""
     if not 0 <= ratio < 1:
         raise InputError(f"the ratio of experts to remove must be at least 0 and below 1, not {ratio:g}")
+
+
+def check_room(ratio: float, layer: str, experts: int, top_k: int) -> None:
+    """Raises InputError where a ratio leaves a layer fewer experts than run for a token."""
+    if experts - count_of(ratio, experts) < top_k:
+        raise InputError(
+            f"removing {ratio:g} of the {experts} experts of {layer} leaves fewer than the {top_k} that run for each "
+            f"token; the largest ratio for this model is {1 - top_k / experts:g}"
+        )
 
 
 def parse_options(method: Method, options: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field
 
-from moeprune.clusters import assign, mean_outputs
+from moeprune.clusters import Clusters, assign, embed
 from moeprune.methods.base import Evidence, Keep, Method, Options, count_of, keep_all_but
 from moeprune.methods.voting import count_votes, fewest_votes, fewest_votes_across_layers
 from moeprune.statistics import Stats
@@ -43,16 +43,18 @@ def decide(evidence: Evidence, ratio: float, options: CPruneOptions) -> Keep:
 
     total = sum(layer.experts for layer in stats.layers.values())
     gone = total - sum(map(len, keep.values()))
-    return _prune_globally(stats, keep, count_of(ratio, total) - gone, options.global_clusters, clusters.algorithm)
+    return _prune_globally(stats, clusters, keep, count_of(ratio, total) - gone, options.global_clusters)
 
 
-def _prune_globally(stats: Stats, keep: Keep, count: int, clusters: int, algorithm: str) -> Keep:
+def _prune_globally(stats: Stats, made: Clusters, keep: Keep, count: int, clusters: int) -> Keep:
     """Remove `count` more experts from the list of all that are left."""
     if count == 0:
         return keep
     left = [(name, expert) for name, experts in keep.items() for expert in experts]
-    points_GNH = np.concatenate([mean_outputs(stats, name)[:, experts] for name, experts in keep.items()], axis=1)
-    assigned = [assign(points_NH, min(clusters, len(left)), algorithm) for points_NH in points_GNH]
+    points_GNH = np.concatenate(
+        [embed(stats, name, made.embedding)[:, experts] for name, experts in keep.items()], axis=1
+    )
+    assigned = [assign(points_NH, min(clusters, len(left)), made.algorithm) for points_NH in points_GNH]
     label_GN, distance_GN = (np.stack(part) for part in zip(*assigned, strict=True))
     experts_per_layer = max(layer.experts for layer in stats.layers.values())
     votes = count_votes(label_GN, distance_GN, count / len(left), experts_per_layer)

@@ -28,9 +28,7 @@ def up(state: Path, mlflow_port: int = MLFLOW_PORT, s3_port: int = S3_PORT) -> S
     """
     state = prepare(state)
     with locked(state):
-        services = _start_missing(state, mlflow_port, s3_port)
-        _keep(state)
-    return services
+        return _start_missing(state, mlflow_port, s3_port, keep=True)
 
 
 def down(state: Path) -> None:
@@ -66,7 +64,7 @@ def session(state: Path, mlflow_port: int = MLFLOW_PORT, s3_port: int = S3_PORT)
             tenancy = Tenancy(state)
         try:
             with locked(state):
-                services = _start_missing(state, mlflow_port, s3_port)
+                services = _start_missing(state, mlflow_port, s3_port, keep=False)
             yield services
         finally:
             with deferred(), locked(state):
@@ -83,7 +81,7 @@ def _probes(services: Services) -> dict[str, Callable[[], str | None]]:
     return {"s3": weed.probe(services), "mlflow": mlflow_server.probe(services)}
 
 
-def _start_missing(state: Path, mlflow_port: int, s3_port: int) -> Services:
+def _start_missing(state: Path, mlflow_port: int, s3_port: int, keep: bool) -> Services:
     record = Record.load(state)
     ended = {name: server for name, server in record.servers.items() if not server.alive}
     stop(list(ended.values()))  # for the files that they left
@@ -102,8 +100,9 @@ def _start_missing(state: Path, mlflow_port: int, s3_port: int) -> Services:
         require_free(mlflow_port, "the MLflow server", "MLFLOW_PORT")
         launches["mlflow"] = mlflow_server.launch(state, mlflow_port, services)
 
-    record.servers = dict(alive)
-    record.kept = record.kept and bool(alive)  # after a restart of the machine, say, nobody asked for them any more
+    # After a restart of the machine, say, nobody asks any more for those that `up` started.
+    before = Record(kept=record.kept and bool(alive), servers=alive)
+    record = Record(kept=before.kept or keep, servers=dict(alive))
     try:
         for name, launch in launches.items():
             with deferred():
@@ -116,8 +115,7 @@ def _start_missing(state: Path, mlflow_port: int, s3_port: int) -> Services:
     except BaseException:
         with deferred():
             stop([record.servers[name] for name in launches if name in record.servers])
-            record.servers = alive
-            record.save(state)
+            before.save(state)
         raise
     return services
 
@@ -129,12 +127,8 @@ def _await_answer(server: Server, probe: Callable[[], str | None]) -> None:
             raise ServiceError(f"the {server.name} server ended while it started; {last_words(server)}")
         if time.monotonic() > deadline:
             waited = f"does not answer after {START_SECONDS:.0f} s ({problem})"
-            raise ServiceError(f"the {server.name} server {waited}; {last_words(server)}")
+            raise ServiceError(f"the {server.name} server {waited}; try `moeprune down` first; {last_words(server)}")
         time.sleep(POLL_SECONDS)
-
-
-def _keep(state: Path) -> None:
-    Record.load(state).model_copy(update={"kept": True}).save(state)
 
 
 def _stop_all(state: Path) -> None:

@@ -55,11 +55,11 @@ class Server(BaseModel):
     @property
     def alive(self) -> bool:
         """Whether any process of the server is."""
-        return not self.started.items().isdisjoint(_members(self.group).items())
+        return not self.started.items().isdisjoint(members(self.group).items())
 
     def seen(self) -> Server:
         """The same with the processes that it has by now: if the first is killed, the others are still known."""
-        return self.model_copy(update={"started": self.started | _members(self.group)})
+        return self.model_copy(update={"started": self.started | members(self.group)})
 
 
 def start(launch: Launch) -> Server:
@@ -80,7 +80,7 @@ def start(launch: Launch) -> Server:
         raise ServiceError(f"{launch.name} cannot be started: {error}") from error
     _children[child.pid] = child
     # If it has ended already there is nothing to remember it by, and nothing that has to be stopped.
-    started = {pid: moment for pid, moment in _members(child.pid).items() if pid == child.pid}
+    started = {pid: moment for pid, moment in members(child.pid).items() if pid == child.pid}
     return Server(
         name=launch.name,
         port=launch.port,
@@ -101,7 +101,7 @@ def stop(servers: Sequence[Server]) -> None:
         deadline = time.monotonic() + seconds
         while groups and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-            groups = {group: name for group, name in groups.items() if _members(group)}
+            groups = {group: name for group, name in groups.items() if members(group)}
     for server in servers:
         if (child := _children.pop(server.group, None)) is not None:
             child.poll()
@@ -122,7 +122,7 @@ def last_words(server: Server, lines: int = 15) -> str:
     return f"the end of its log, {server.log}:\n{tail}" if tail else f"its log, {server.log}, is empty"
 
 
-def _members(group: int) -> dict[int, str]:
+def members(group: int) -> dict[int, str]:
     """Number -> start time of each living process of a process group."""
     return _members_proc(group) if Path("/proc/self/stat").exists() else _members_ps(group)
 

@@ -18,6 +18,7 @@ _HIGH_UNIT = 2.0**-12
 _LOW_UNIT = 2.0**-60
 _LOW_BITS = 48
 _LARGEST = 2.0**50  # of any sum; above it the high limb could overflow
+_LARGEST_HIGH = 1 << 62  # the same in units of the high limb
 
 
 class ExactSum:
@@ -46,8 +47,8 @@ class ExactSum:
             OverflowError: a value is not finite, or the sum leaves the range of +-2^50.
         """
         values = values.to(torch.float64)
-        if not torch.isfinite(values).all():
-            raise OverflowError("a value to be added is not finite")
+        if not (values.abs() <= _LARGEST).all():  # NaN is not either
+            raise OverflowError("a value to be added is not finite, or not within +-2^50")
         high = torch.round(values / _HIGH_UNIT)
         low = torch.round((values - high * _HIGH_UNIT) / _LOW_UNIT)
         return self._add_limbs(torch.stack([high, low]).to(torch.int64))
@@ -61,7 +62,8 @@ class ExactSum:
         carry = (self.limbs[1] + (1 << (_LOW_BITS - 1))) >> _LOW_BITS
         self.limbs[0] += carry
         self.limbs[1] -= carry << _LOW_BITS
-        if self.limbs.numel() and self.limbs[0].abs().max() > _LARGEST / _HIGH_UNIT:
+        # Two sums within the range cannot wrap round unnoticed: 2^62 + 2^62 wraps to the smallest integer, which is below.
+        if ((self.limbs[0] > _LARGEST_HIGH) | (self.limbs[0] < -_LARGEST_HIGH)).any():
             raise OverflowError("a sum left the range of +-2^50")
         return self
 

@@ -85,7 +85,7 @@ class Stats:
         """Write the file beside its place, then rename it."""
         header = asdict(replace(self, layers={}))
         header["version"] = VERSION
-        header["layers"] = {name: {"experts": s.experts, "top_k": s.top_k} for name, s in self.layers.items()}
+        header["layers"] = [[name, s.experts, s.top_k] for name, s in self.layers.items()]  # a list keeps their order
         tensors: dict[str, torch.Tensor] = {}
         for name, layer in self.layers.items():
             tensors |= {f"{name}/{key}": count.cpu().contiguous() for key, count in layer.counts.items()}
@@ -107,7 +107,7 @@ class Stats:
                 if header.pop("version") != VERSION:
                     raise InputError(f"{path} holds Stats of another version of moeprune; calibrate again")
                 kinds = header.pop("statistics")
-                layers = {name: LayerStats(**sizes) for name, sizes in header.pop("layers").items()}
+                layers = {name: LayerStats(experts, top_k) for name, experts, top_k in header.pop("layers")}
                 for key in file.keys():  # noqa: SIM118 (a file handle, not a dict)
                     name, statistic = key.rsplit("/", 1)
                     if kinds[statistic] == "sum":

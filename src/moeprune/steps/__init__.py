@@ -7,8 +7,20 @@ The command line and the Kubeflow components call these functions and nothing el
 from moeprune.steps.calibrate import calibrate, merge_stats
 from moeprune.steps.cluster import cluster
 from moeprune.steps.distill import distill
-from moeprune.steps.evaluate import evaluate
+from moeprune.steps.evaluate import Named, evaluate, models_in
 from moeprune.steps.promote import promote
 from moeprune.steps.prune import apply, plan, prune
 
-__all__ = ["apply", "calibrate", "cluster", "distill", "evaluate", "merge_stats", "plan", "promote", "prune"]
+__all__ = [
+    "Named",
+    "apply",
+    "calibrate",
+    "cluster",
+    "distill",
+    "evaluate",
+    "merge_stats",
+    "models_in",
+    "plan",
+    "promote",
+    "prune",
+]

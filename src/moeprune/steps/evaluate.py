@@ -31,6 +31,14 @@ class Named:
     address: str
 
 
+def models_in(directory: str) -> list[Named]:
+    """The models in a local directory of models, by the names they have there; none where it does not exist."""
+    found = Path(directory)
+    return [
+        Named(path.name, str(path)) for path in (sorted(found.iterdir()) if found.is_dir() else []) if path.is_dir()
+    ]
+
+
 def evaluate(
     models: list[Named],
     data: list[str],

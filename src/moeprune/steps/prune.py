@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from moeprune import places, tracking
-from moeprune.atomic import refuse_to_overwrite
+from moeprune.atomic import build_beside, refuse_to_overwrite
 from moeprune.checkpoint import surgery
 from moeprune.checkpoint.files import SHARD_BYTES
 from moeprune.checkpoint.loading import Checkpoint
@@ -50,13 +51,32 @@ def prune(
     *,
     clusters: str | None = None,
     options: dict[str, Any] | None = None,
+    baselines: Sequence[str] = (),
+    baselines_out: str | None = None,
     trust_remote_code: bool = False,
-    name: str = "prune",
 ) -> Checkpoint:
-    """`plan` and `apply` as one tracked step."""
-    with tracking.step(name, {"model": model} | _params(method, ratio, options)) as run:
+    """`plan` and `apply` as one tracked step, and the same by other methods, to hold the result against.
+
+    Args:
+        baselines: methods, each with its default options and at the same ratio.
+        baselines_out: a directory with a Plan and a checkpoint per baseline, named by its method; made for none, too.
+    """
+    params = {"model": model} | _params(method, ratio, options) | {"baselines": ", ".join(baselines)}
+    for baseline in baselines:
+        find(baseline)
+    with tracking.step("prune", params) as run, places.local_model(model) as directory:
+        original = str(directory)  # brought here once, for all methods
         _plan(run, method, ratio, stats, plan_out, clusters, options)
-        return _apply(run, model, plan_out, model_out, SHARD_BYTES, trust_remote_code)
+        pruned = _apply(run, original, plan_out, model_out, SHARD_BYTES, trust_remote_code)
+        if baselines_out:
+            with places.output(baselines_out) as path, build_beside(path) as beside:
+                for baseline in dict.fromkeys(baselines):
+                    plan_path = beside / f"{baseline}.json"
+                    _plan(TrackedRun(), baseline, ratio, stats, str(plan_path), clusters, None)
+                    run.text(plan_path.read_text(), f"baselines/{baseline}.json")
+                    pruned_out = str(beside / baseline)
+                    _apply(TrackedRun(), original, str(plan_path), pruned_out, SHARD_BYTES, trust_remote_code, baseline)
+        return pruned
 
 
 def _params(method: str, ratio: float, options: dict[str, Any] | None) -> dict[str, Any]:
@@ -94,12 +114,20 @@ def _log_calibration_data(run: TrackedRun, stats: Stats) -> None:
         tracked.dataset(name, ",".join(stats.sources), stats.data, "calibration", stats.tokens)
 
 
-def _apply(run: TrackedRun, model: str, plan: str, out: str, shard_bytes: int, trust_remote_code: bool) -> Checkpoint:
+def _apply(
+    run: TrackedRun,
+    model: str,
+    plan: str,
+    out: str,
+    shard_bytes: int,
+    trust_remote_code: bool,
+    label: str = "apply",
+) -> Checkpoint:
     with places.output(out) as path, places.local_file(plan) as plan_path, places.local_model(model) as directory:
         refuse_to_overwrite(path)
         decided = Plan.load(plan_path)
         source = Checkpoint(directory, trust_remote_code)
-        with progress("apply") as on_tensor:
+        with progress(label) as on_tensor:
             pruned = surgery.apply(source, decided, path, shard_bytes=shard_bytes, on_tensor=on_tensor)
         run.metrics(
             {

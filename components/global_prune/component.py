@@ -1,0 +1,57 @@
+from kfp import dsl
+
+from ..image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def global_prune(
+    model: str,
+    stats: dsl.Input[dsl.Artifact],
+    clusters: dsl.Input[dsl.Artifact],
+    plan: dsl.Output[dsl.Artifact],
+    pruned: dsl.Output[dsl.Model],
+    baseline_models: dsl.Output[dsl.Artifact],
+    method: str = "c-prune",
+    ratio: float = 0.5,
+    method_options: dict = {},  # noqa: B006 (Kubeflow's way to say the default; never written to)
+    baselines: list[str] = [],  # noqa: B006
+    trust_remote_code: bool = False,
+) -> None:
+    """Decide which experts of which layers stay, and write the model without the others.
+
+    Args:
+        model: The original model, as given to calibrate.
+        stats: What its experts do, from calibrate.
+        clusters: Which experts are alike, from cluster.
+        method: How to choose: c-prune, frequency, random; `moeprune methods` lists them all with their options.
+        ratio: Fraction of the routed experts to remove, at least 0 and below 1.
+        method_options: Options of the method by name, as a JSON object, for example {"layerwise_share": 1}.
+        baselines: Methods to hold the result against, as a JSON list. Each prunes the same model at the same ratio,
+            with its default options.
+        trust_remote_code: Run modelling code that the model brings along.
+
+    Returns:
+        plan: What stays in each layer and why (JSON, to read, edit and replay).
+        pruned: The pruned model, a Hugging Face checkpoint.
+        baseline_models: The models pruned by the baselines, a directory each; empty where none was asked for.
+    """
+    from moeprune import steps
+
+    made = steps.prune(
+        model,
+        method,
+        ratio,
+        stats.path,
+        plan.path,
+        pruned.path,
+        clusters=clusters.path,
+        options=method_options,
+        baselines=baselines,
+        baselines_out=baseline_models.path,
+        trust_remote_code=trust_remote_code,
+    )
+    kept = made.experts_per_layer.values()
+    facts = {"method": method, "ratio": ratio, "fewest_experts": min(kept), "most_experts": max(kept)}
+    plan.metadata.update(facts)
+    pruned.metadata.update(facts, framework="transformers", parameters=made.files.parameters)
+    baseline_models.metadata.update(methods=", ".join(baselines), ratio=ratio)

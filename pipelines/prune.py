@@ -1,0 +1,136 @@
+"""The pipeline: a model, a domain and a ratio in; a smaller model, its report and its place in the registry out."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from moeprune.components.calibrate import calibrate
+from moeprune.components.cluster import cluster
+from moeprune.components.distill import distill
+from moeprune.components.evaluate import evaluate
+from moeprune.components.global_prune import global_prune
+from moeprune.components.promote import promote
+
+from .on_a_cluster import use_services
+
+EVALUATION_DATA = ["builtin://code/held-out", "builtin://prose/held-out", "builtin://arithmetic/held-out"]
+BASELINES = ["frequency", "random"]
+NO_OPTIONS: dict[str, str] = {}
+
+
+class Outputs(NamedTuple):
+    report: dsl.Artifact
+    page: dsl.HTML
+    model: dsl.Model
+    promoted: bool
+    verdict: str
+
+
+@dsl.pipeline(name="prune", display_name="moeprune: prune a Mixture-of-Experts for a domain")
+def prune(
+    model: str = "builtin://reference",
+    data: str = "builtin://code",
+    evaluation_data: list[str] = EVALUATION_DATA,
+    method: str = "c-prune",
+    ratio: float = 0.5,
+    method_options: dict = NO_OPTIONS,
+    baselines: list[str] = BASELINES,
+    text_field: str = "text",
+    block_tokens: int = 256,
+    calibration_blocks: int = 128,
+    distillation_blocks: int = 384,
+    evaluation_blocks: int = 32,
+    learning_rate: float = 1e-3,
+    registered_model: str = "moeprune",
+    max_loss_increase_nats: float = 0.25,
+    trust_remote_code: bool = False,
+) -> Outputs:
+    """Make a Mixture-of-Experts model smaller for a domain, win back what that lost, measure what is left, and register
+    it if it lost little enough.
+
+    Args:
+        model: The model: a directory, an s3:// address, a Hugging Face hub id, or builtin://reference.
+        data: Text of the domain to prune for, and to recover on: JSONL, plain text or Parquet (a path or an s3://
+            address), a hub data set id, or builtin://code, builtin://prose, builtin://arithmetic. Several, separated by
+            commas, are mixed in equal shares.
+        evaluation_data: Held-out texts to measure on, as a JSON list of such addresses, that of the domain first.
+        method: How to choose the experts that stay: c-prune, frequency or random.
+        ratio: Fraction of the routed experts to remove, at least 0 and below 1.
+        method_options: Options of the method by name, as a JSON object, for example {"layerwise_share": 1}.
+        baselines: Methods to hold the result against at the same ratio, as a JSON list; [] for none.
+        text_field: Field of JSONL or Parquet that holds the text.
+        block_tokens: Tokens per block; texts are joined and cut into blocks.
+        calibration_blocks: Blocks to calibrate on at most.
+        distillation_blocks: Blocks to recover on at most.
+        evaluation_blocks: Blocks of each held-out text to measure on at most.
+        learning_rate: Of the recovery, its peak.
+        registered_model: Name of the model in the registry.
+        max_loss_increase_nats: The most that the result may lose on the domain, in nats per token, to be registered.
+        trust_remote_code: Run modelling code that the model brings along.
+
+    Returns:
+        report: All that was measured (JSON).
+        page: The report as one HTML page, with its figures.
+        model: The pruned and recovered model, a Hugging Face checkpoint.
+        promoted: Whether it was registered.
+        verdict: Whether it was registered, and why, in a sentence.
+    """
+    texts = {"text_field": text_field, "block_tokens": block_tokens, "trust_remote_code": trust_remote_code}
+
+    calibrated = calibrate(model=model, data=data, max_blocks=calibration_blocks, **texts)
+    stats = calibrated.outputs["stats"]
+    clustered = cluster(stats=stats)
+    clusters = clustered.outputs["clusters"]
+    pruned = global_prune(
+        model=model,
+        stats=stats,
+        clusters=clusters,
+        method=method,
+        ratio=ratio,
+        method_options=method_options,
+        baselines=baselines,
+        trust_remote_code=trust_remote_code,
+    )
+    recovered = distill(
+        teacher=model,
+        student=pruned.outputs["pruned"],
+        plan=pruned.outputs["plan"],
+        data=data,
+        max_blocks=distillation_blocks,
+        learning_rate=learning_rate,
+        **texts,
+    )
+    measured = evaluate(
+        original=model,
+        pruned=pruned.outputs["pruned"],
+        distilled=recovered.outputs["distilled"],
+        baseline_models=pruned.outputs["baseline_models"],
+        clusters=clusters,
+        data=evaluation_data,
+        max_blocks=evaluation_blocks,
+        **texts,
+    )
+    judged = promote(
+        report=measured.outputs["report"],
+        model=recovered.outputs["distilled"],
+        registered_model=registered_model,
+        max_loss_increase_nats=max_loss_increase_nats,
+    )
+
+    # What a run is compared by is made in that run, whatever was made before: only what all runs on the same model and
+    # data share is taken from a cache.
+    reusable, unique = (calibrated, clustered), (pruned, recovered, measured, judged)
+    for task in reusable:
+        task.set_caching_options(enable_caching=True)
+    for task in unique:
+        task.set_caching_options(enable_caching=False)
+    for task in (*reusable, *unique):
+        use_services(task)
+
+    return Outputs(
+        report=measured.outputs["report"],
+        page=measured.outputs["page"],
+        model=recovered.outputs["distilled"],
+        promoted=judged.outputs["promoted"],
+        verdict=judged.outputs["verdict"],
+    )

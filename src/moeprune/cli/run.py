@@ -1,0 +1,176 @@
+"""`moeprune run`: the whole pipeline on this machine, with a real MLflow and a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeprune import tracking
+from moeprune.atomic import write_beside
+from moeprune.cli.app import (
+    BlockOption,
+    DataOption,
+    FieldOption,
+    MethodOption,
+    ModelOption,
+    RatioOption,
+    SettingOption,
+    TrustOption,
+    app,
+    parse_settings,
+)
+from moeprune.cli.checks import check_run, evaluation_texts
+from moeprune.cli.screen import Screen
+from moeprune.cli.services import STATE, MlflowPortOption, S3PortOption, StateOption, services_in
+from moeprune.errors import InputError
+from moeprune.evaluation.report import Report
+from moeprune.evaluation.table import show
+from moeprune.places import REFERENCE_MODEL
+from moeprune.services import MLFLOW_PORT, S3_PORT, Services, running, session
+
+
+@app.command()
+def run(
+    model: ModelOption = REFERENCE_MODEL,
+    data: DataOption = "builtin://code",
+    evaluation_data: Annotated[
+        str,
+        typer.Option(
+            metavar="DATA,...",
+            help="held-out texts to measure on, separated by commas, that of the domain first; needed where --data is "
+            "not one of the built-in texts, each of which has its own",
+        ),
+    ] = "",
+    method: MethodOption = "c-prune",
+    ratio: RatioOption = 0.5,
+    method_options: SettingOption = None,
+    baselines: Annotated[
+        str,
+        typer.Option(metavar="METHOD,...", help="methods to hold the result against at the same ratio; '' for none"),
+    ] = "frequency,random",
+    text_field: FieldOption = "text",
+    block_tokens: BlockOption = 256,
+    calibration_blocks: Annotated[int, typer.Option(min=1, help="blocks to calibrate on at most")] = 128,
+    distillation_blocks: Annotated[int, typer.Option(min=1, help="blocks to recover on at most")] = 384,
+    evaluation_blocks: Annotated[
+        int, typer.Option(min=1, help="blocks of each held-out text to measure on at most")
+    ] = 32,
+    learning_rate: Annotated[float, typer.Option(help="of the recovery, its peak")] = 1e-3,
+    registered_model: Annotated[str, typer.Option(metavar="NAME", help="of the model in the registry")] = "moeprune",
+    max_loss_increase_nats: Annotated[
+        float,
+        typer.Option(
+            "--max-loss-increase", metavar="NATS", help="most it may lose on the domain, per token, to be registered"
+        ),
+    ] = 0.25,
+    trust_remote_code: TrustOption = False,
+    state: StateOption = STATE,
+    mlflow_port: MlflowPortOption = MLFLOW_PORT,
+    s3_port: S3PortOption = S3_PORT,
+) -> None:
+    """Run the whole pipeline on this machine: calibrate, cluster, prune, distill, evaluate, promote.
+
+    What an earlier run calibrated is used again, as long as the model, the data and the code are the same. s3://
+    addresses are those of the S3 server of this run, or, where AWS_ACCESS_KEY_ID or AWS_PROFILE is set, yours.
+    """
+    _require_kubeflow()
+    arguments = {
+        "model": _absolute(model),
+        "data": ",".join(_absolute(source.strip()) for source in data.split(",")),
+        "evaluation_data": [_absolute(text) for text in evaluation_texts(evaluation_data, data)],
+        "method": method,
+        "ratio": ratio,
+        "method_options": parse_settings(method_options),
+        "baselines": [name.strip() for name in baselines.split(",") if name.strip()],
+        "text_field": text_field,
+        "block_tokens": block_tokens,
+        "calibration_blocks": calibration_blocks,
+        "distillation_blocks": distillation_blocks,
+        "evaluation_blocks": evaluation_blocks,
+        "learning_rate": learning_rate,
+        "registered_model": registered_model,
+        "max_loss_increase_nats": max_loss_increase_nats,
+        "trust_remote_code": trust_remote_code,
+    }
+    check_run(arguments)
+    name = f"{method}-{ratio:g}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with Screen() as screen:
+        screen.started("services")
+        with session(services_in(state), mlflow_port, s3_port) as services, _environment(services):
+            screen.finished("services", f"MLflow {services.mlflow}, S3 {services.s3}")
+            _run(name, arguments, state, screen)
+        if running(services_in(state)) is None:
+            screen.console.print(
+                "The servers are stopped; `make up` (`moeprune up`) starts them again at this address."
+            )
+
+
+def _run(name: str, arguments: dict[str, Any], state: Path, screen: Screen) -> None:
+    from moeprune.pipelines.freshness import state_of
+    from moeprune.pipelines.local_run import StepError, run_locally
+
+    log_path = state / "logs" / f"{name}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("w", encoding="utf-8") as log, tracking.pipeline_run(name, arguments) as tracked:
+        try:
+            outputs = run_locally(
+                arguments,
+                outputs=state / "runs",
+                cache=state / "cache" / state_of(arguments["model"], arguments["data"]),
+                log=log,
+                watcher=screen,
+            )
+        except StepError as error:
+            raise StepError(f"{error}\nIts whole output is in {log_path}") from None
+        tracked.tags({"moeprune.reused": ", ".join(screen.reused_steps) or "nothing"})
+        mlflow_address = tracked.url
+    folder = state / "reports" / name
+    for kind, output in {"report.json": "report", "report.html": "page"}.items():
+        with write_beside(folder / kind) as beside:
+            shutil.copyfile(outputs[output].path, beside)
+    console = screen.console
+    console.print()
+    show(Report.load(folder / "report.json"), console)
+    console.print()
+    console.print(outputs["verdict"])
+    console.print(f"MLflow run    {mlflow_address}")
+    console.print(f"report        {folder / 'report.html'}")
+    console.print(f"model         {outputs['model'].path}")
+
+
+def _require_kubeflow() -> None:
+    try:
+        import moeprune.pipelines.prune  # noqa: F401
+    except ImportError as error:
+        if not (error.name or "").startswith("kfp"):
+            raise
+        raise InputError("`moeprune run` needs the SDK of Kubeflow Pipelines: pip install 'moeprune[local]'") from error
+
+
+def _absolute(address: str) -> str:
+    """A path from the root, so that the record of the run says which file it was; other addresses as they are."""
+    return str(Path(address).absolute()) if Path(address).exists() else address
+
+
+@contextmanager
+def _environment(services: Services) -> Iterator[None]:
+    """This process's environment, which the steps inherit, with the services in it and no other run of MLflow's."""
+    before = dict(os.environ)
+    own_s3 = not before.keys().isdisjoint({"AWS_ACCESS_KEY_ID", "AWS_PROFILE"})
+    for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "KFP_RUN_ID"):
+        os.environ.pop(variable, None)
+    os.environ.update(
+        {key: value for key, value in services.environment().items() if not (own_s3 and key.startswith("AWS_"))}
+    )
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,185 @@
+"""Clusters are scikit-learn's, of what the experts put out."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sklearn.cluster import AgglomerativeClustering, KMeans
+
+from moeprune.clusters import ALGORITHMS, EMBEDDINGS, Clusters, assign, make_clusters
+from moeprune.errors import InputError
+from moeprune.statistics import ExactSum, Stats
+
+BLOBS = np.array([0, 1, 2, 0, 1, 2, 2, 0])  # which blob each of 8 experts is in
+
+
+def blobs(seed: int = 0, spread: float = 0.01, hidden: int = 6) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    centres = 10 * np.eye(hidden)[: BLOBS.max() + 1]
+    return centres[BLOBS] + spread * random.normal(size=(len(BLOBS), hidden))
+
+
+def same_partition(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool(((one[:, None] == one) == (other[:, None] == other)).all())
+
+
+def stats_of(points_GEH: np.ndarray, blocks_per_group: list[int] | None = None) -> Stats:
+    """Stats whose experts have these embeddings."""
+    blocks = blocks_per_group or [2] * len(points_GEH)
+    sums = torch.tensor(points_GEH) * torch.tensor(blocks)[:, None, None]
+    return tiny.make_stats([[1] * points_GEH.shape[1]], sums[None], blocks_per_group=blocks)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_known_blobs_are_found(algorithm: str) -> None:
+    points = np.stack([blobs(seed) for seed in range(3)])
+    (layer,) = make_clusters(stats_of(points), algorithm=algorithm, clusters_per_layer=3).layers.values()
+    assert all(same_partition(labels, BLOBS) for labels in [*layer.label_GE, layer.overall_E])
+    for points_EH, distance_E in zip(points, layer.distance_GE, strict=True):
+        centres = np.stack([points_EH[blob == BLOBS].mean(axis=0) for blob in range(3)])
+        assert distance_E == pytest.approx(np.linalg.norm(points_EH - centres[BLOBS], axis=1), abs=1e-9)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), clusters=st.integers(1, 12))
+def test_it_is_what_scikit_learn_says(algorithm: str, seed: int, clusters: int) -> None:
+    points = np.random.default_rng(seed).normal(size=(12, 5))
+    labels, distances = assign(points, clusters, algorithm)
+    theirs: Any = (
+        KMeans(clusters, n_init=4, random_state=0)
+        if algorithm == "k-means"
+        else AgglomerativeClustering(clusters, linkage=algorithm)
+    )
+    assert same_partition(labels, theirs.fit_predict(points))
+    assert len(np.unique(labels)) == clusters
+    for label in range(clusters):
+        members = points[labels == label]
+        assert distances[labels == label] == pytest.approx(np.linalg.norm(members - members.mean(axis=0), axis=1))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_experts_that_are_all_alike_are_clustered_without_complaint(algorithm: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, distances = assign(np.ones((6, 4)), 3, algorithm)
+    assert distances.tolist() == [0.0] * 6
+
+
+def test_each_embedding_is_read_from_its_own_statistic() -> None:
+    stats = stats_of(blobs()[None])
+    other = blobs(seed=1)[::-1].copy()
+    stats.layers["model.layers.0.mlp.experts"].sums["probe_contribution"] = ExactSum.zeros(1, *other.shape).add_(
+        torch.tensor(2 * other)[None]
+    )
+    found = {kind: make_clusters(stats, embedding=kind, clusters_per_layer=3) for kind in EMBEDDINGS}
+    (by_output,), (by_contribution,) = (list(found[kind].layers.values()) for kind in ("output", "contribution"))
+    assert same_partition(by_output.overall_E, BLOBS)
+    assert same_partition(by_contribution.overall_E, BLOBS[::-1])
+    assert np.array_equal(by_output.similarity_EE, by_contribution.similarity_EE)
+
+
+def test_groups_without_blocks_do_not_vote() -> None:
+    points = np.stack([blobs(0), np.zeros((8, 6)), blobs(2)])
+    (layer,) = make_clusters(stats_of(points, [2, 0, 5]), clusters_per_layer=3).layers.values()
+    assert layer.label_GE.shape == (2, 8)
+    assert all(same_partition(labels, BLOBS) for labels in layer.label_GE)
+
+
+def test_similarity_is_the_cosine_of_mean_outputs() -> None:
+    points = np.random.default_rng(0).normal(size=(1, 8, 6))
+    (layer,) = make_clusters(stats_of(points)).layers.values()
+    by_hand = [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in points[0]] for a in points[0]]
+    assert layer.similarity_EE == pytest.approx(np.array(by_hand), abs=1e-9)
+
+
+@pytest.mark.parametrize(("experts", "clusters"), [(64, 12), (128, 24), (16, 3), (8, 2), (4, 2)])
+def test_the_number_of_clusters_follows_the_authors_setting(experts: int, clusters: int) -> None:
+    points = np.random.default_rng(0).normal(size=(1, experts, 6))
+    made = make_clusters(stats_of(points))
+    assert made.clusters_per_layer == clusters
+    (layer,) = made.layers.values()
+    assert len(np.unique(layer.label_GE)) == clusters
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_same_stats_same_bytes(algorithm: str, tmp_path: Path) -> None:
+    points = np.random.default_rng(3).normal(size=(4, 16, 8))
+    for name in ("one", "other"):
+        made = make_clusters(stats_of(points), algorithm=algorithm)
+        made.save(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    made = make_clusters(tiny.make_stats([[1] * 8] * 12), algorithm="average", embedding="output")
+    made.save(tmp_path / "clusters")
+    loaded = Clusters.load(tmp_path / "clusters")
+    assert list(loaded.layers) == list(made.layers)
+    for field in ("model", "data", "algorithm", "embedding", "clusters_per_layer"):
+        assert getattr(loaded, field) == getattr(made, field)
+    for name, layer in loaded.layers.items():
+        for field, value in vars(layer).items():
+            assert np.array_equal(value, getattr(made.layers[name], field)), field
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"algorithm": "astrology"}, "unknown clustering algorithm 'astrology'; known: ward, average, k-means"),
+        ({"embedding": "aura"}, "unknown embedding 'aura'; known: contribution, output"),
+        ({"clusters_per_layer": 9}, "9 clusters were asked for, but .* has 8 experts"),
+        ({"clusters_per_layer": -1}, "-1 clusters were asked for"),
+    ],
+)
+def test_impossible_requests_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make_clusters(stats_of(blobs()[None]), **options)
+
+
+def test_stats_without_probes_are_refused() -> None:
+    stats = stats_of(blobs()[None])
+    for layer in stats.layers.values():
+        layer.sums = {"gate": layer.sums["gate"]}
+    with pytest.raises(InputError, match="calibrate again"):
+        make_clusters(stats)
+
+
+class TestWhatCannotBeLoaded:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        make_clusters(stats_of(blobs()[None])).save(tmp_path / "clusters")
+        return tmp_path / "clusters"
+
+    def test_another_version(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            header = json.loads(file.metadata()["moeprune_clusters"])
+        metadata = {"moeprune_clusters": json.dumps(header | {"version": 2})}
+        save_file(load_file(path), path, metadata=metadata)
+        with pytest.raises(InputError, match=r"another version.*cluster again"):
+            Clusters.load(path)
+
+    def test_a_layer_that_is_not_there(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = {name: value for name, value in load_file(path).items() if not name.endswith("label_GE")}
+        save_file(tensors, path, metadata=metadata)
+        with pytest.raises(InputError, match="not a readable Clusters file"):
+            Clusters.load(path)
+
+    def test_part_of_a_file_another_file_and_no_file(self, path: Path, qwen: Path) -> None:
+        path.write_bytes(path.read_bytes()[:-1])
+        for each in (path, qwen / "model.safetensors", path.parent / "nothing", path.parent):
+            with pytest.raises(InputError, match="not a readable Clusters file"):
+                Clusters.load(each)
