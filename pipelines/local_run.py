@@ -24,6 +24,7 @@ from .prune import prune
 _PROGRESS = re.compile(
     r"[a-z][a-z -]*: \d+/\d+(, \d+ s left)?"
 )  # what moeprune.progress writes where there is no terminal
+_COLOUR = re.compile(r"\x1b\[\d*m")
 _CACHE_HIT = re.compile(r"Task (\S+) cache hit")
 _OUR_ERROR = re.compile(r"moeprune\.errors\.\w+: (.+)")
 _KILLED = 128 + 9  # as a shell says it
@@ -111,7 +112,7 @@ class _Steps:
 
     def filter(self, record: logging.LogRecord) -> bool:
         """What `kfp.local` logs goes to the log and no further; that a step was not run is heard only here."""
-        message = record.getMessage()
+        message = _COLOUR.sub("", record.getMessage())
         self._log.write(message + "\n")
         if hit := _CACHE_HIT.match(message):
             self._watcher.reused(hit[1])

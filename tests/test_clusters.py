@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import AgglomerativeClustering, KMeans
 
-from moeprune.clusters import ALGORITHMS, EMBEDDINGS, Clusters, assign, make_clusters
+from moeprune.clusters import ALGORITHMS, Clusters, assign, make_clusters
 from moeprune.errors import InputError
 from moeprune.statistics import ExactSum, Stats
 
@@ -77,19 +77,6 @@ def test_experts_that_are_all_alike_are_clustered_without_complaint(algorithm: s
     assert distances.tolist() == [0.0] * 6
 
 
-def test_each_embedding_is_read_from_its_own_statistic() -> None:
-    stats = stats_of(blobs()[None])
-    other = blobs(seed=1)[::-1].copy()
-    stats.layers["model.layers.0.mlp.experts"].sums["probe_contribution"] = ExactSum.zeros(1, *other.shape).add_(
-        torch.tensor(2 * other)[None]
-    )
-    found = {kind: make_clusters(stats, embedding=kind, clusters_per_layer=3) for kind in EMBEDDINGS}
-    (by_output,), (by_contribution,) = (list(found[kind].layers.values()) for kind in ("output", "contribution"))
-    assert same_partition(by_output.overall_E, BLOBS)
-    assert same_partition(by_contribution.overall_E, BLOBS[::-1])
-    assert np.array_equal(by_output.similarity_EE, by_contribution.similarity_EE)
-
-
 def test_groups_without_blocks_do_not_vote() -> None:
     points = np.stack([blobs(0), np.zeros((8, 6)), blobs(2)])
     (layer,) = make_clusters(stats_of(points, [2, 0, 5]), clusters_per_layer=3).layers.values()
@@ -123,11 +110,11 @@ def test_same_stats_same_bytes(algorithm: str, tmp_path: Path) -> None:
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
-    made = make_clusters(tiny.make_stats([[1] * 8] * 12), algorithm="average", embedding="output")
+    made = make_clusters(tiny.make_stats([[1] * 8] * 12), algorithm="average")
     made.save(tmp_path / "clusters")
     loaded = Clusters.load(tmp_path / "clusters")
     assert list(loaded.layers) == list(made.layers)
-    for field in ("model", "data", "algorithm", "embedding", "clusters_per_layer"):
+    for field in ("model", "data", "algorithm", "clusters_per_layer"):
         assert getattr(loaded, field) == getattr(made, field)
     for name, layer in loaded.layers.items():
         for field, value in vars(layer).items():
@@ -138,7 +125,6 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"algorithm": "astrology"}, "unknown clustering algorithm 'astrology'; known: ward, average, k-means"),
-        ({"embedding": "aura"}, "unknown embedding 'aura'; known: contribution, output"),
         ({"clusters_per_layer": 9}, "9 clusters were asked for, but .* has 8 experts"),
         ({"clusters_per_layer": -1}, "-1 clusters were asked for"),
     ],

@@ -127,7 +127,9 @@ def test_a_student_that_lost_nothing_stays_as_it_is(pair_of: Callable[..., Pair]
 
 
 def test_divergence_is_told(pair_of: Callable[..., Pair], ids_BS: torch.Tensor) -> None:
-    with pytest.raises(InputError, match=r"diverged in model\.layers\.\d\.mlp\.experts at step \d+; lower the learning"):
+    with pytest.raises(
+        InputError, match=r"diverged in model\.layers\.\d\.mlp\.experts at step \d+; lower the learning"
+    ):
         pair_of("mixtral").learn(ids_BS, learning_rate=1e30)
 
 

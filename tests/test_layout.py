@@ -68,7 +68,9 @@ def test_dense_layers_in_between_are_left_alone(tmp_path: Path) -> None:
     assert names == ["model.layers.0.mlp.experts", "model.layers.2.mlp.experts"]
     keep, ids_BS = [[1, 2, 3, 7], [0, 4]], tiny.token_ids(0)
     pruned = apply(checkpoint, tiny.plan_for(names, keep, checkpoint.fingerprint), tmp_path / "pruned")
-    assert largest_difference(plain_logits(pruned.load(), ids_BS), masked_logits(checkpoint.load(), keep, ids_BS)) < 1e-5
+    assert (
+        largest_difference(plain_logits(pruned.load(), ids_BS), masked_logits(checkpoint.load(), keep, ids_BS)) < 1e-5
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "granitemoe"])
@@ -80,7 +82,9 @@ def test_a_checkpoint_saved_under_the_model_s_own_names(family: str, tmp_path: P
     assert all(not layer.separate for layer in checkpoint.layout.layers.values())
     keep, ids_BS = [[0, 5, 6], [1, 2, 3, 4], [2, 7]][: len(names)], tiny.token_ids(0)
     pruned = apply(checkpoint, tiny.plan_for(names, keep, checkpoint.fingerprint), tmp_path / "pruned")
-    assert largest_difference(plain_logits(pruned.load(), ids_BS), masked_logits(checkpoint.load(), keep, ids_BS)) < 1e-5
+    assert (
+        largest_difference(plain_logits(pruned.load(), ids_BS), masked_logits(checkpoint.load(), keep, ids_BS)) < 1e-5
+    )
 
 
 class TestFingerprint:

@@ -71,6 +71,8 @@ def test_c_prune_removes_exactly_what_it_should(case: tuple[Stats, Fraction], sh
     layerwise = floor(ratio * Fraction(str(share)) * experts)
     room = min(int(0.9 * experts), experts - layers[0].top_k)  # most that the global stage leaves a layer to lose
     expected = min(floor(ratio * experts * len(layers)), len(layers) * max(room, layerwise))
+    if share == 1:  # uniform: no single layer gives one expert more
+        expected = layerwise * len(layers)
     assert removed(plan) == expected
     assert all(len(layer.drop) >= layerwise for layer in plan.layers.values())
 
@@ -107,10 +109,16 @@ def test_c_prune_keeps_the_representatives_of_each_cluster() -> None:
     offsets = torch.tensor([0.1, -0.3, 2.2, -2.0])[:, None] * torch.tensor([0.0, 1.0])
     points = torch.cat([offsets + torch.tensor([50.0, 0.0]), offsets[[2, 0, 3, 1]] - torch.tensor([50.0, 0.0])])
     stats = tiny.make_stats([list(range(8))], points[None, None])
+    layer = "model.layers.0.mlp.experts"
     assert representatives(4, 0.5, 8) == 1
-    plan = make_plan("c-prune", 0.5, stats, options={"layerwise_share": 1})
+    nearest, used = (
+        make_plan("c-prune", 0.5, stats, options={"layerwise_share": 1, "representative": who}).layers[layer].keep
+        for who in ("nearest", "most-used")
+    )
     # The nearest to each centre are voted for, 0 and 5; all others have no vote, and of these the least used go.
-    assert plan.layers["model.layers.0.mlp.experts"].keep == [0, 5, 6, 7]
+    assert nearest == [0, 5, 6, 7]
+    # The most used of each cluster are 3 and 7.
+    assert used == [3, 5, 6, 7]
 
 
 def test_clusters_made_beforehand_give_the_same_plan() -> None:

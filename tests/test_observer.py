@@ -107,17 +107,6 @@ def test_probes_are_what_each_expert_alone_gives(model: PreTrainedModel, ids_BS:
         assert largest_difference(summed_EH, output_BEH.sum(0)) < 1e-4
 
 
-def test_contributions_are_probes_times_the_block_s_mean_gate(model: PreTrainedModel, ids_BS: torch.Tensor) -> None:
-    stats = calibrate(model, "model", ids_BS, groups=1, batch_blocks=4)
-    seen = hooked(model, ids_BS)
-    for name, output_BEH in probes_by_hand(model, ids_BS).items():
-        ((_, index_TK, weight_TK),) = seen[name]
-        gates = torch.zeros(len(index_TK), tiny.EXPERTS).scatter(1, index_TK, weight_TK.float())
-        gate_BE = torch.stack([gate_SE.mean(dim=0) for gate_SE in gates.split(tiny.BLOCK_TOKENS)]).double()
-        (summed_EH,) = stats.layers[name].sum("probe_contribution")
-        assert largest_difference(summed_EH, (gate_BE[:, :, None] * output_BEH).sum(0)) < 1e-4
-
-
 def test_groups_are_told_by_the_blocks_alone(qwen: Path, model_of: Callable[[str], PreTrainedModel]) -> None:
     model, ids_BS = model_of("qwen2_moe"), tiny.token_ids(7, blocks=12)
     together = calibrate(model, "model", ids_BS, groups=4, batch_blocks=5)

@@ -22,7 +22,9 @@ keeps = st.sets(st.integers(0, tiny.EXPERTS - 1), min_size=tiny.TOP_K).map(sorte
 
 @settings(max_examples=50, deadline=None)
 @given(one=keeps, other=keeps)
-def test_what_is_saved_is_what_is_loaded(one: list[int], other: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_what_is_saved_is_what_is_loaded(
+    one: list[int], other: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     plan = tiny.plan_for(NAMES, [one, other], "f" * 64)
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     plan.save(path)

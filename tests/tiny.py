@@ -193,7 +193,6 @@ def make_stats(
             sums={
                 "gate": ExactSum.zeros(experts).add_(routed / 2),
                 "probe_output": probes,
-                "probe_contribution": ExactSum(probes.limbs.clone()),
             },
         )
     blocks = sum(blocks_per_group)

@@ -8,7 +8,6 @@ def cluster(
     stats: dsl.Input[dsl.Artifact],
     clusters: dsl.Output[dsl.Artifact],
     algorithm: str = "ward",
-    embedding: str = "contribution",
     clusters_per_layer: int = 0,
 ) -> None:
     """Group the experts of each layer by what they put out.
@@ -16,7 +15,6 @@ def cluster(
     Args:
         stats: What the experts do, from calibrate.
         algorithm: How to cluster: ward, or one of the others that `moeprune cluster --help` lists.
-        embedding: What makes experts alike: their contribution, as the router mixes it, or their output (the paper's).
         clusters_per_layer: How many clusters; 0 means 12 for every 64 experts.
 
     Returns:
@@ -24,12 +22,9 @@ def cluster(
     """
     from moeprune import steps
 
-    made = steps.cluster(
-        stats.path, clusters.path, algorithm=algorithm, embedding=embedding, clusters_per_layer=clusters_per_layer
-    )
+    made = steps.cluster(stats.path, clusters.path, algorithm=algorithm, clusters_per_layer=clusters_per_layer)
     clusters.metadata.update(
         algorithm=algorithm,
-        embedding=embedding,
         clusters_per_layer=made.clusters_per_layer,
         layers=len(made.layers),
     )

@@ -1,8 +1,7 @@
 """Clusters: per layer, which experts belong together and how far each is from its centre.
 
 The clustering itself is scikit-learn's. An expert's embedding is its mean output on the calibration samples (C-Prune,
-section 3), or its mean contribution there: that output times the gate weight the router gives the expert. By contributions,
-all experts that the calibration data do not use are alike, whatever they would have said.
+section 3).
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ from moeprune.statistics import Stats
 VERSION = 1
 Algorithm = Literal["ward", "average", "k-means"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
-Embedding = Literal["contribution", "output"]
-EMBEDDINGS: tuple[str, ...] = get_args(Embedding)
 _CLUSTERS_PER_EXPERT = 12 / 64  # the authors' setting for 64 experts, carried over to other numbers
 
 
@@ -39,7 +36,7 @@ class LayerClusters:
         label_GE: cluster of each expert, one row per group of calibration blocks that votes.
         distance_GE: Euclidean distance to the centre of its cluster.
         similarity_EE: cosine of the experts' mean outputs over all data; for people to look at.
-        overall_E: cluster of each expert by its embedding over all data; likewise.
+        overall_E: cluster of each expert by its mean output over all data; likewise.
     """
 
     label_GE: np.ndarray
@@ -55,7 +52,6 @@ class Clusters:
     model: str
     data: str
     algorithm: str
-    embedding: str
     clusters_per_layer: int
     layers: dict[str, LayerClusters]
 
@@ -66,7 +62,6 @@ class Clusters:
             "model": self.model,
             "data": self.data,
             "algorithm": self.algorithm,
-            "embedding": self.embedding,
             "clusters_per_layer": self.clusters_per_layer,
             "layers": list(self.layers),
         }
@@ -102,15 +97,12 @@ class Clusters:
             ) from error
 
 
-def make_clusters(
-    stats: Stats, *, algorithm: str = "ward", embedding: str = "contribution", clusters_per_layer: int = 0
-) -> Clusters:
+def make_clusters(stats: Stats, *, algorithm: str = "ward", clusters_per_layer: int = 0) -> Clusters:
     """Cluster the experts of each layer, once per group of calibration blocks.
 
     Args:
-        stats: with the probes' statistics.
+        stats: with `probe_output`.
         algorithm: `ward`, `average` (agglomerative) or `k-means`.
-        embedding: `contribution` or `output`, see above; the paper's is `output`.
         clusters_per_layer: 0 takes 12 for every 64 experts.
 
     Raises:
@@ -122,31 +114,20 @@ def make_clusters(
         clusters = clusters_per_layer or max(2, round(_CLUSTERS_PER_EXPERT * layer.experts))
         if not 1 <= clusters <= layer.experts:
             raise InputError(f"{clusters} clusters were asked for, but {name} has {layer.experts} experts")
-        point_GEH = embed(stats, name, embedding)
+        point_GEH = mean_outputs(stats, name)
         labels, distances = zip(*(assign(point_EH, clusters, algorithm) for point_EH in point_GEH), strict=True)
-        overall_EH = _total(stats, name, embedding).sum(0) / stats.blocks
-        output_EH = _total(stats, name, "output").sum(0)
-        unit_EH = output_EH / np.maximum(np.linalg.norm(output_EH, axis=1, keepdims=True), 1e-30)
+        overall_EH = layer.sum("probe_output").sum(0).numpy() / stats.blocks
+        unit_EH = overall_EH / np.maximum(np.linalg.norm(overall_EH, axis=1, keepdims=True), 1e-30)
         overall_E, _ = assign(overall_EH, clusters, algorithm)
         layers[name] = LayerClusters(np.stack(labels), np.stack(distances), unit_EH @ unit_EH.T, overall_E)
-    return Clusters(stats.model, stats.data, algorithm, embedding, clusters, layers)
+    return Clusters(stats.model, stats.data, algorithm, clusters, layers)
 
 
-def embed(stats: Stats, layer: str, embedding: str) -> np.ndarray:
-    """The experts of a layer as points `[G', E, H]`, for those groups that saw any block.
-
-    Raises:
-        InputError: unknown embedding, or Stats without the probes' statistics.
-    """
+def mean_outputs(stats: Stats, layer: str) -> np.ndarray:
+    """Mean outputs `[G', E, H]` of a layer's experts, for those groups that saw any block."""
     blocks_G = np.asarray(stats.blocks_per_group, dtype=np.float64)
     seen = blocks_G > 0
-    return _total(stats, layer, embedding)[seen] / blocks_G[seen, None, None]
-
-
-def _total(stats: Stats, layer: str, embedding: str) -> np.ndarray:
-    if embedding not in EMBEDDINGS:
-        raise InputError(f"unknown embedding {embedding!r}; known: {', '.join(EMBEDDINGS)}")
-    return stats.layers[layer].sum(f"probe_{embedding}").numpy()
+    return stats.layers[layer].sum("probe_output").numpy()[seen] / blocks_G[seen, None, None]
 
 
 def assign(points_NH: np.ndarray, clusters: int, algorithm: str) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 from moeprune.errors import InputError, ServiceError
 
@@ -83,12 +82,14 @@ def output(address: str) -> Iterator[Path]:
     """Yield a local path to write a file or directory at; it is at `address` after the block, unless the block raised.
 
     Raises:
-        ServiceError: S3 refuses or cannot be reached; checked before the block spends any time.
+        InputError: the bucket does not exist, or there are objects below the address; both checks come before the block
+            spends any time.
+        ServiceError: S3 refuses or cannot be reached; likewise.
     """
     if not is_remote(address):
         yield Path(address)
         return
-    _check_bucket(address)
+    _check_output(address)
     with tempfile.TemporaryDirectory(prefix="moeprune-") as scratch:
         path = Path(scratch) / PurePosixPath(address).name
         yield path
@@ -99,24 +100,27 @@ def _s3() -> Any:
     try:
         import boto3
         from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
     except ImportError as error:
         raise InputError("s3:// addresses need boto3: pip install 'moeprune[s3]'") from error
-    session = boto3.Session()
-    if session.get_credentials() is None:
-        raise ServiceError(
-            "no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL for a server of "
-            "your own)"
+    how = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL for a server of your own)"
+    try:
+        session = boto3.Session()
+        if session.get_credentials() is None:
+            raise ServiceError(f"no S3 credentials: {how}")
+        # An unreachable endpoint is told in seconds, not after boto's default of minutes.
+        return session.client(
+            "s3",
+            region_name=session.region_name or os.environ.get("AWS_REGION", "us-east-1"),
+            config=Config(connect_timeout=5, retries={"total_max_attempts": 3, "mode": "standard"}),
         )
-    # An unreachable endpoint is told in seconds, not after boto's default of minutes.
-    return session.client(
-        "s3",
-        region_name=session.region_name or os.environ.get("AWS_REGION", "us-east-1"),
-        config=Config(connect_timeout=5, retries={"total_max_attempts": 3, "mode": "standard"}),
-    )
+    except (BotoCoreError, ValueError) as error:
+        raise ServiceError(f"S3 cannot be used: {_in_one_line(error)}; {how}") from error
 
 
 @contextmanager
 def _speaking_plainly(address: str) -> Iterator[None]:
+    from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -125,24 +129,32 @@ def _speaking_plainly(address: str) -> Iterator[None]:
         code = error.response.get("Error", {}).get("Code", "")
         if code in {"404", "NoSuchKey", "NoSuchBucket"}:
             raise InputError(f"there is nothing at {address} ({code})") from error
-        raise ServiceError(f"S3 refuses {address}: {error}") from error
-    except BotoCoreError as error:
-        raise ServiceError(f"S3 cannot be used for {address}: {error}") from error
+        raise ServiceError(f"S3 refuses {address}: {_in_one_line(error)}") from error
+    except (BotoCoreError, Boto3Error) as error:
+        raise ServiceError(f"S3 cannot be used for {address}: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _bucket_and_key(address: str) -> tuple[str, str]:
-    parts = urlsplit(address)
-    key = parts.path.strip("/")
-    if not parts.netloc or not key:
+    bucket, _, key = address.removeprefix("s3://").partition("/")
+    key = key.strip("/")
+    if not bucket or not key:
         raise InputError(f"{address} is not of the form s3://bucket/key")
-    return parts.netloc, key
+    return bucket, key
 
 
-def _check_bucket(address: str) -> None:
-    bucket, _ = _bucket_and_key(address)
+def _check_output(address: str) -> None:
+    bucket, key = _bucket_and_key(address)
     client = _s3()
     with _speaking_plainly(address):
         client.head_bucket(Bucket=bucket)
+        # Shards of another model that stayed between the new ones would be read with them.
+        below = client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/", MaxKeys=2).get("Contents", [])
+        if any(not item["Key"].endswith("/") for item in below):
+            raise InputError(f"{address} exists already and is not empty; choose another place or remove it first")
 
 
 def _download(address: str, target: Path) -> Path:
@@ -165,7 +177,8 @@ def _objects(address: str) -> list[dict[str, Any]]:
     with _speaking_plainly(address):
         pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
         present = [item for page in pages for item in page.get("Contents", [])]
-        wanted = [item for item in present if item["Key"] == key or item["Key"].startswith(key + "/")]
+        files = [item for item in present if not item["Key"].endswith("/")]  # consoles mark folders by such objects
+        wanted = [item for item in files if item["Key"] == key or item["Key"].startswith(key + "/")]
         if not wanted:
             raise InputError(f"there is nothing at {address}")
         return wanted
@@ -186,12 +199,7 @@ def _upload(path: Path, address: str) -> None:
 
 def _hub_snapshot(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
         # Weights in other formats would double the download.
@@ -199,8 +207,8 @@ def _hub_snapshot(repository: str) -> Path:
         return Path(snapshot_download(repository, ignore_patterns=ignored))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise InputError(f"there is no directory {repository} here and no such model on the hub") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # what the hub's client raises depends on what it is built on
         raise ServiceError(
             f"{repository} is no local directory, and the Hugging Face hub cannot be reached for it: "
-            f"{str(error).splitlines()[0]}"
+            f"{_in_one_line(error)[:300]}"
         ) from error

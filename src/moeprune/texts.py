@@ -143,31 +143,41 @@ def _file_documents(path: Path, text_field: str) -> Iterator[str]:
     except InputError:
         raise
     except Exception as error:  # each reader behind `datasets` has exceptions of its own
-        reason = error.__cause__ or error
-        raise InputError(f"{path} cannot be read as {path.suffix[1:]}: {str(reason).splitlines()[0]}") from error
+        raise InputError(f"{path} cannot be read as {path.suffix[1:]}: {_reason(error.__cause__ or error)}") from error
 
 
 def _hub_documents(repository: str, text_field: str) -> Iterator[str]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
+        if not constants.HF_HUB_OFFLINE:
+            # A hub that is not there is told at once, and not after the many tries of the next line.
+            HfApi().dataset_info(repository, timeout=10)
         rows = load_dataset(repository, split="train", streaming=True)
         first = list(islice(rows, 1))
-    except DatasetNotFoundError as error:
+    except (DatasetNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
         raise InputError(f"there is no file {repository} here and no such data set on the hub") from error
-    except (OSError, ConnectionError, ValueError) as error:
+    except Exception as error:  # what the hub's client raises depends on what it is built on
         raise ServiceError(
-            f"{repository} is no local file, and the hub's data set of that name cannot be read: "
-            f"{str(error).splitlines()[0]}"
+            f"{repository} is no local file, and the hub's data set of that name cannot be read: {_reason(error)}"
         ) from error
     if first:
         yield from _field(rows, text_field, repository)
 
 
 def _field(rows: Iterator[dict], text_field: str, source: str) -> Iterator[str]:
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         text = row.get(text_field)
         if not isinstance(text, str):
-            raise InputError(f"{source} has no text in the field {text_field!r}; it has {', '.join(map(repr, row))}")
+            raise InputError(
+                f"{source} has no text in the field {text_field!r} of row {number}; its fields: "
+                + ", ".join(map(repr, row))
+            )
         yield text
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -3,8 +3,8 @@ configured.
 
 Which run a step logs to, first that applies:
 
-    MLFLOW_RUN_ID            Kubeflow Pipelines' own integration has made a run for this task: that one, left open for
-    Kubeflow to close MOEPRUNE_PARENT_RUN_ID   a run nested under that one, as `moeprune run` sets it
+    MLFLOW_RUN_ID            the run that Kubeflow Pipelines' own integration made for this task; Kubeflow will end it
+    MOEPRUNE_PARENT_RUN_ID   a run nested under that one, as `moeprune run` sets it
     KFP_RUN_ID               a run nested under the one of this Kubeflow run, which the first step to come makes
     MLFLOW_TRACKING_URI      a run of its own
 """
@@ -12,14 +12,15 @@ Which run a step logs to, first that applies:
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeprune.errors import InputError, ServiceError
+from moeprune.errors import InputError, MoepruneError, ServiceError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,9 +34,22 @@ _DEFAULT_EXPERIMENT = "moeprune"
 _LONGEST_PARAM = 6000  # MLflow's limit
 
 
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Make a ServiceError of whatever MLflow's client, its HTTP library or its artifact store raise."""
+    try:
+        yield
+    except MoepruneError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        where = os.environ.get("MLFLOW_TRACKING_URI")
+        raise ServiceError(f"the MLflow server at {where} does not take what the step tells it: {reason}") from error
+
+
 @dataclass(frozen=True)
 class TrackedRun:
-    """One MLflow run to log to; without a client, logging does nothing."""
+    """One MLflow run to log to; without a client, logging does nothing. Its methods raise ServiceError."""
 
     client: MlflowClient | None = None
     run_id: str = ""
@@ -54,29 +68,36 @@ class TrackedRun:
             return None
         return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
 
+    @_plainly()
     def params(self, values: Mapping[str, Any]) -> None:
         if self.client:
             from mlflow.entities import Param
 
             self.client.log_batch(self.run_id, params=[Param(k, str(v)[:_LONGEST_PARAM]) for k, v in values.items()])
 
+    @_plainly()
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         if self.client:
             from mlflow.entities import Metric
 
             now = int(time.time() * 1000)
-            self.client.log_batch(self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+            # Names of data are part of some names, and MLflow does not take every character.
+            named = {re.sub(r"[^\w. :/-]", "_", key): float(value) for key, value in values.items()}
+            self.client.log_batch(self.run_id, metrics=[Metric(k, v, now, step) for k, v in named.items()])
 
+    @_plainly()
     def tags(self, values: Mapping[str, str]) -> None:
         if self.client:
             for key, value in values.items():
                 self.client.set_tag(self.run_id, key, value)
 
+    @_plainly()
     def figure(self, figure: Figure, name: str) -> None:
         """Store a figure as `figures/<name>.png`."""
         if self.client:
             self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
 
+    @_plainly()
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file, or everything in a directory."""
         if self.client and path.is_dir():
@@ -84,10 +105,12 @@ class TrackedRun:
         elif self.client:
             self.client.log_artifact(self.run_id, str(path), folder)
 
+    @_plainly()
     def text(self, text: str, name: str) -> None:
         if self.client:
             self.client.log_text(self.run_id, text, name)
 
+    @_plainly()
     def dataset(self, name: str, address: str, fingerprint: str, context: str, tokens: int) -> None:
         """Log which data went in. MLflow shows it beside the run, and whether two runs saw the same."""
         if self.client:
@@ -100,6 +123,11 @@ class TrackedRun:
             # MLflow takes digests of at most 36 characters.
             dataset = Dataset(name, fingerprint[:36], "local", source, schema=None, profile=profile)
             self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+    @_plainly()
+    def end(self, status: str) -> None:
+        if self.client:
+            self.client.set_terminated(self.run_id, status)
 
 
 def is_configured() -> bool:
@@ -125,8 +153,8 @@ def connect() -> MlflowClient:
         raise InputError(
             "MLFLOW_TRACKING_URI is set, but MLflow is not installed: pip install 'moeprune[tracking]'"
         ) from error
-    client = MlflowClient()
     try:
+        client = MlflowClient()
         client.search_experiments(max_results=1)
     except MlflowException as error:
         raise ServiceError(
@@ -141,15 +169,17 @@ def _experiment(client: MlflowClient) -> str:
         return given
     from mlflow.exceptions import MlflowException
 
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _DEFAULT_EXPERIMENT)
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or _DEFAULT_EXPERIMENT
     for _ in range(2):  # another step may make it between our look and our try
         if found := client.get_experiment_by_name(name):
+            if found.lifecycle_stage != "active":
+                raise ServiceError(f"the MLflow experiment {name} is deleted; restore it or set MLFLOW_EXPERIMENT_NAME")
             return found.experiment_id
         try:
             return client.create_experiment(name)
         except MlflowException:
             continue
-    raise ServiceError(f"the MLflow experiment {name} can neither be found nor made; it may be deleted")
+    raise ServiceError(f"the MLflow experiment {name} can neither be found nor made")
 
 
 @contextmanager
@@ -164,15 +194,16 @@ def step(name: str, params: Mapping[str, Any]) -> Iterator[TrackedRun]:
         return
     client = connect()
     given = os.environ.get("MLFLOW_RUN_ID")
-    if given:
-        run = client.get_run(given)
-        tracked = TrackedRun(client, given, run.info.experiment_id, run.data.tags.get(_PARENT_TAG, ""))
-    else:
-        experiment = _experiment(client)
-        parent = os.environ.get(PARENT_RUN_VARIABLE) or _run_of_kubeflow(client, experiment)
-        tags = {_PARENT_TAG: parent} if parent else {}
-        made = client.create_run(experiment, run_name=name, tags=tags)
-        tracked = TrackedRun(client, made.info.run_id, experiment, parent)
+    with _plainly():
+        if given:
+            run = client.get_run(given)
+            tracked = TrackedRun(client, given, run.info.experiment_id, run.data.tags.get(_PARENT_TAG, ""))
+        else:
+            experiment = _experiment(client)
+            parent = os.environ.get(PARENT_RUN_VARIABLE) or _run_of_kubeflow(client, experiment)
+            tags = {_PARENT_TAG: parent} if parent else {}
+            made = client.create_run(experiment, run_name=name, tags=tags)
+            tracked = TrackedRun(client, made.info.run_id, experiment, parent)
     with _ending(tracked, owned=not given):
         tracked.tags({"moeprune.step": name})
         tracked.params(params)
@@ -183,8 +214,9 @@ def step(name: str, params: Mapping[str, Any]) -> Iterator[TrackedRun]:
 def pipeline_run(name: str, params: Mapping[str, Any]) -> Iterator[TrackedRun]:
     """The parent run of a whole pipeline; the steps started inside the block nest under it."""
     client = connect()
-    experiment = _experiment(client)
-    made = client.create_run(experiment, run_name=name)
+    with _plainly():
+        experiment = _experiment(client)
+        made = client.create_run(experiment, run_name=name)
     tracked = TrackedRun(client, made.info.run_id, experiment)
     before = os.environ.get(PARENT_RUN_VARIABLE)
     os.environ[PARENT_RUN_VARIABLE] = tracked.run_id
@@ -200,19 +232,19 @@ def pipeline_run(name: str, params: Mapping[str, Any]) -> Iterator[TrackedRun]:
 
 @contextmanager
 def _ending(run: TrackedRun, owned: bool) -> Iterator[None]:
-    status = "FINISHED"
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):  # the latter is how SIGTERM may come
-        status = "KILLED"
-        raise
     except BaseException as error:
-        status = "FAILED"
-        run.tags({"error": str(error)[:500]})
+        # SystemExit is how SIGTERM may come. That MLflow does not answer any more must not hide the error itself.
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        with suppress(ServiceError):
+            if not interrupted:
+                run.tags({"error": str(error)[:500]})
+            if owned:
+                run.end("KILLED" if interrupted else "FAILED")
         raise
-    finally:
-        if owned and run.client:
-            run.client.set_terminated(run.run_id, status)
+    if owned:
+        run.end("FINISHED")
 
 
 @contextmanager
@@ -223,8 +255,9 @@ def _no_orphans(parent: TrackedRun) -> Iterator[None]:
     except BaseException:
         assert parent.client is not None
         query = f"tags.`{_PARENT_TAG}` = '{parent.run_id}' and attributes.status = 'RUNNING'"
-        for run in parent.client.search_runs([parent.experiment_id], query):
-            parent.client.set_terminated(run.info.run_id, "KILLED")
+        with suppress(ServiceError), _plainly():
+            for run in parent.client.search_runs([parent.experiment_id], query):
+                parent.client.set_terminated(run.info.run_id, "KILLED")
         raise
 
 

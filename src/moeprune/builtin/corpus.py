@@ -104,6 +104,7 @@ _NOT_LIBRARY_CODE = frozenset(
         "lib2to3",
         "turtledemo",
         "pydoc_data",
+        "chunk",  # of which `wave`, held out, has a copy
         "encodings",
         "ensurepip",
         "__pycache__",

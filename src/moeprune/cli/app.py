@@ -116,20 +116,12 @@ def cluster(
     stats: StatsOption,
     out: Annotated[str, typer.Option(metavar="FILE", help="where to write the Clusters")],
     algorithm: Annotated[str, typer.Option(help=f"one of {', '.join(ALGORITHMS)}")] = "ward",
-    embedding: Annotated[
-        str,
-        typer.Option(
-            help="what makes experts alike: their contribution, as the router mixes it, or their output (the paper's)"
-        ),
-    ] = "contribution",
     clusters_per_layer: Annotated[int, typer.Option(help="0: 12 for every 64 experts")] = 0,
 ) -> None:
     """Group the experts of each layer by what they put out (Clusters)."""
     from moeprune import steps
 
-    clusters = steps.cluster(
-        stats, out, algorithm=algorithm, embedding=embedding, clusters_per_layer=clusters_per_layer
-    )
+    clusters = steps.cluster(stats, out, algorithm=algorithm, clusters_per_layer=clusters_per_layer)
     console.print(f"{out}: {clusters.clusters_per_layer} clusters in each of {len(clusters.layers)} layers")
 
 

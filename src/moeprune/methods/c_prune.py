@@ -3,26 +3,35 @@
 C-Prune (arXiv 2504.07807). The first stage takes the same number from each layer; the second ranks what is left across
 layers, so that layers end with different numbers. General or for a domain: that is a matter of the calibration data.
 
-Beyond the published rule, ties between votes go against the less used expert, and a layer keeps as many as run for a
-token.
+How many of a cluster represent it is the published rule. Who they are is a choice: those nearest to the cluster's
+centre, as published, or those that the calibration data use most, so that a domain keeps its own among experts that
+resemble each other. Ties between votes go against the less used expert, and a layer keeps at least as many as run for
+a token.
+
+Axes: G groups that vote, E experts of a layer, N experts left in all layers, H hidden size.
 """
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import numpy as np
 from pydantic import Field
 
-from moeprune.clusters import Clusters, assign, embed
+from moeprune.clusters import assign, mean_outputs
 from moeprune.methods.base import Evidence, Keep, Method, Options, count_of, keep_all_but
 from moeprune.methods.voting import count_votes, fewest_votes, fewest_votes_across_layers
-from moeprune.statistics import Stats
+from moeprune.statistics import LayerStats
 
 _LARGEST_SHARE_OF_A_LAYER = 0.9  # no layer loses more
 
 
 class CPruneOptions(Options):
+    representative: Literal["most-used", "nearest"] = Field(
+        "most-used", description="who stands for a cluster: its most used experts, or those nearest to its centre"
+    )
     layerwise_share: float = Field(
-        0.5,
+        0.8,
         ge=0,
         le=1,
         description="share of the removed experts that the layer-wise stage takes; 1: every layer loses the same",
@@ -31,41 +40,59 @@ class CPruneOptions(Options):
 
 
 def decide(evidence: Evidence, ratio: float, options: CPruneOptions) -> Keep:
-    stats, clusters = evidence.stats, evidence.clusters
-    assert clusters is not None
-    layerwise_rate = ratio * options.layerwise_share
-    keep = {}
-    for name, layer in stats.layers.items():
-        in_layer = clusters.layers[name]
-        votes = count_votes(in_layer.label_GE, in_layer.distance_GE, layerwise_rate, layer.experts)
-        use = layer.count("routed_tokens").numpy()
-        keep[name] = keep_all_but(fewest_votes(votes, count_of(layerwise_rate, layer.experts), use), layer.experts)
-
-    total = sum(layer.experts for layer in stats.layers.values())
+    keep = _prune_layers(evidence, ratio * options.layerwise_share, options)
+    if options.layerwise_share == 1:
+        return keep  # uniform, even where what the layers' whole numbers leave of the ratio would be one expert more
+    total = sum(layer.experts for layer in evidence.stats.layers.values())
     gone = total - sum(map(len, keep.values()))
-    return _prune_globally(stats, clusters, keep, count_of(ratio, total) - gone, options.global_clusters)
+    return _prune_globally(evidence, keep, count_of(ratio, total) - gone, options)
 
 
-def _prune_globally(stats: Stats, made: Clusters, keep: Keep, count: int, clusters: int) -> Keep:
-    """Remove `count` more experts from the list of all that are left."""
+def _prune_layers(evidence: Evidence, rate: float, options: CPruneOptions) -> Keep:
+    """The first stage: each layer for itself."""
+    assert evidence.clusters is not None
+    keep = {}
+    for name, layer in evidence.stats.layers.items():
+        made, use_E = evidence.clusters.layers[name], _use(layer)
+        rank_GE = _rank(options, made.distance_GE, use_E)
+        votes_E = count_votes(made.label_GE, rank_GE, rate, layer.experts)
+        keep[name] = keep_all_but(fewest_votes(votes_E, count_of(rate, layer.experts), use_E), layer.experts)
+    return keep
+
+
+def _prune_globally(evidence: Evidence, keep: Keep, count: int, options: CPruneOptions) -> Keep:
+    """The second stage: remove `count` more from the list of all that are left."""
     if count == 0:
         return keep
+    assert evidence.clusters is not None
+    stats = evidence.stats
     left = [(name, expert) for name, experts in keep.items() for expert in experts]
-    points_GNH = np.concatenate(
-        [embed(stats, name, made.embedding)[:, experts] for name, experts in keep.items()], axis=1
-    )
-    assigned = [assign(points_NH, min(clusters, len(left)), made.algorithm) for points_NH in points_GNH]
+    use_N = np.concatenate([_use(stats.layers[name])[experts] for name, experts in keep.items()])
+    point_GNH = np.concatenate([mean_outputs(stats, name)[:, experts] for name, experts in keep.items()], axis=1)
+    clusters = min(options.global_clusters, len(left))
+    assigned = [assign(point_NH, clusters, evidence.clusters.algorithm) for point_NH in point_GNH]
     label_GN, distance_GN = (np.stack(part) for part in zip(*assigned, strict=True))
     experts_per_layer = max(layer.experts for layer in stats.layers.values())
-    votes = count_votes(label_GN, distance_GN, count / len(left), experts_per_layer)
-    room = {
-        name: min(int(_LARGEST_SHARE_OF_A_LAYER * layer.experts), layer.experts - layer.top_k)
-        - (layer.experts - len(keep[name]))
-        for name, layer in stats.layers.items()
-    }
-    use = np.array([stats.layers[name].count("routed_tokens")[expert].item() for name, expert in left])
-    gone = {left[place] for place in fewest_votes_across_layers(votes, [name for name, _ in left], room, count, use)}
-    return {name: [expert for expert in experts if (name, expert) not in gone] for name, experts in keep.items()}
+    votes_N = count_votes(label_GN, _rank(options, distance_GN, use_N), count / len(left), experts_per_layer)
+    room = {name: _most_to_lose(layer) - (layer.experts - len(keep[name])) for name, layer in stats.layers.items()}
+    gone = fewest_votes_across_layers(votes_N, [name for name, _ in left], room, count, use_N)
+    removed = {left[place] for place in gone}
+    return {name: [expert for expert in experts if (name, expert) not in removed] for name, experts in keep.items()}
+
+
+def _use(layer: LayerStats) -> np.ndarray[Any, Any]:
+    return layer.count("routed_tokens").numpy()
+
+
+def _rank(
+    options: CPruneOptions, distance_GN: np.ndarray[Any, Any], use_N: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """What the members of a cluster are ordered by, the first to represent it lowest."""
+    return distance_GN if options.representative == "nearest" else np.broadcast_to(-use_N, distance_GN.shape)
+
+
+def _most_to_lose(layer: LayerStats) -> int:
+    return min(int(_LARGEST_SHARE_OF_A_LAYER * layer.experts), layer.experts - layer.top_k)
 
 
 METHOD = Method(

@@ -35,30 +35,18 @@ class Usage:
 
 
 class Probes:
-    """What the experts say to the mean-pooled inputs of the blocks, summed over the blocks of a group.
+    """`probe_output` [G, E, H]: each expert's outputs on the mean-pooled inputs of the blocks, summed per group.
 
     A block's tokens are averaged into one input, which all experts of the layer get, routed to or not (C-Prune,
     section 3).
-
-    `probe_output` [G, E, H]: their outputs.
-    `probe_contribution` [G, E, H]: their outputs, each times the expert's mean gate weight over the tokens of the block,
-    so what it adds to the block's output there; nothing, where it is not routed to.
     """
 
     def __init__(self, groups: int) -> None:
         self.groups = groups
 
     def collect(self, call: ExpertsCall, into: LayerStats, group_B: torch.Tensor) -> None:
-        blocks = len(group_B)
-        pooled_BH = call.x_TH.view(blocks, -1, call.x_TH.shape[-1]).mean(dim=1)
+        pooled_BH = call.x_TH.view(len(group_B), -1, call.x_TH.shape[-1]).mean(dim=1)
         output_BEH = call.every_expert(pooled_BH).to(torch.float64)
-        gate_BE = torch.zeros(blocks, into.experts, dtype=torch.float64, device=output_BEH.device)
-        gate_BE.scatter_add_(1, call.index_TK.view(blocks, -1).long(), call.weight_TK.view(blocks, -1).double())
-        gate_BE /= len(call.x_TH) / blocks
-        self._add("probe_output", output_BEH, into, group_B)
-        self._add("probe_contribution", gate_BE[:, :, None] * output_BEH, into, group_B)
-
-    def _add(self, name: str, values_BEH: torch.Tensor, into: LayerStats, group_B: torch.Tensor) -> None:
-        total = into.sums.setdefault(name, ExactSum.zeros(self.groups, *values_BEH.shape[1:]))
-        for group, values_EH in zip(group_B.tolist(), values_BEH.cpu(), strict=True):
-            ExactSum(total.limbs[:, group]).add_(values_EH)  # a view: adds to the total in place
+        total = into.sums.setdefault("probe_output", ExactSum.zeros(self.groups, *output_BEH.shape[1:]))
+        for group, output_EH in zip(group_B.tolist(), output_BEH.cpu(), strict=True):
+            ExactSum(total.limbs[:, group]).add_(output_EH)  # a view: adds to the total in place

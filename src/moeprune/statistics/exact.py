@@ -62,7 +62,7 @@ class ExactSum:
         carry = (self.limbs[1] + (1 << (_LOW_BITS - 1))) >> _LOW_BITS
         self.limbs[0] += carry
         self.limbs[1] -= carry << _LOW_BITS
-        # Two sums within the range cannot wrap round unnoticed: 2^62 + 2^62 wraps to the smallest integer, which is below.
+        # Two sums within the range cannot wrap round unnoticed: 2^62 + 2^62 is the smallest integer, which is below.
         if ((self.limbs[0] > _LARGEST_HIGH) | (self.limbs[0] < -_LARGEST_HIGH)).any():
             raise OverflowError("a sum left the range of +-2^50")
         return self

@@ -8,19 +8,15 @@ from moeprune.evaluation import figures
 from moeprune.statistics import Stats
 
 
-def cluster(
-    stats: str, out: str, *, algorithm: str = "ward", embedding: str = "contribution", clusters_per_layer: int = 0
-) -> Clusters:
+def cluster(stats: str, out: str, *, algorithm: str = "ward", clusters_per_layer: int = 0) -> Clusters:
     """Cluster the experts of each layer and put the Clusters at `out`. See `clusters.make_clusters`."""
-    params = {"algorithm": algorithm, "embedding": embedding, "clusters_per_layer": clusters_per_layer}
+    params = {"algorithm": algorithm, "clusters_per_layer": clusters_per_layer}
     with (
         tracking.step("cluster", params) as run,
         places.output(out) as path,
         places.local_file(stats) as stats_path,
     ):
-        clusters = make_clusters(
-            Stats.load(stats_path), algorithm=algorithm, embedding=embedding, clusters_per_layer=clusters_per_layer
-        )
+        clusters = make_clusters(Stats.load(stats_path), algorithm=algorithm, clusters_per_layer=clusters_per_layer)
         clusters.save(path)
         run.metrics({"clusters_per_layer_used": clusters.clusters_per_layer})
         run.figure(figures.expert_similarity(similarity_of(clusters)), "expert_similarity")

@@ -28,5 +28,8 @@ def describe() -> dict[str, str]:
 
 def quieten() -> None:
     """Keep the libraries' own bars and advice off a screen that shows ours."""
+    import datasets
+
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs as errors what it raises as well
