@@ -21,9 +21,8 @@ from moeprune.errors import MoepruneError
 from .processes import follow
 from .prune import prune
 
-_PROGRESS = re.compile(
-    r"[a-z][a-z -]*: \d+/\d+(, \d+ s left)?"
-)  # what moeprune.progress writes where there is no terminal
+# What moeprune.progress writes where there is no terminal.
+_PROGRESS = re.compile(r"[a-z][a-z -]*: \d+/\d+(, \d+ s left)?")
 _COLOUR = re.compile(r"\x1b\[\d*m")
 _CACHE_HIT = re.compile(r"Task (\S+) cache hit")
 _OUR_ERROR = re.compile(r"moeprune\.errors\.\w+: (.+)")

@@ -19,7 +19,7 @@ from sklearn.cluster import AgglomerativeClustering, KMeans
 
 from moeprune.clusters import ALGORITHMS, Clusters, assign, make_clusters
 from moeprune.errors import InputError
-from moeprune.statistics import ExactSum, Stats
+from moeprune.statistics import Stats
 
 BLOBS = np.array([0, 1, 2, 0, 1, 2, 2, 0])  # which blob each of 8 experts is in
 

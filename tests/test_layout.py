@@ -11,11 +11,12 @@ import pytest
 import tiny
 import torch
 from masking import largest_difference, masked_logits, plain_logits
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.surgery import apply
 from moeprune.errors import InputError
-from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 # family: path of an experts module, first layer, number of them, its place in the config, fused tensors, tensors per expert
 EXPECTED = {

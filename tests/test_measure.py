@@ -56,7 +56,9 @@ def test_accuracy_is_the_share_of_tokens_foretold(model_of: Callable[[str], PreT
     # Text that the model itself goes on with, so that it foretells some of it, and not all.
     model = model_of("qwen2_moe")
     with torch.inference_mode():
-        ids_BS = model.generate(tiny.token_ids(3, blocks=4, tokens=8), do_sample=False, min_new_tokens=16, max_new_tokens=16)
+        ids_BS = model.generate(
+            tiny.token_ids(3, blocks=4, tokens=8), do_sample=False, min_new_tokens=16, max_new_tokens=16
+        )
         foretold = model(input_ids=ids_BS).logits.argmax(-1)
     pairs = [
         (guess, token)

@@ -22,6 +22,7 @@ from moeprune.plan import Plan
 from moeprune.statistics import Stats
 
 PER_LAYER = ["frequency", "random"]
+REPRESENTATIVES = ["most-used", "nearest"]
 
 
 @st.composite
@@ -62,10 +63,10 @@ def test_every_method_keeps_its_promises(method: str, case: tuple[Stats, Fractio
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=cases(), share=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
-def test_c_prune_removes_exactly_what_it_should(case: tuple[Stats, Fraction], share: float) -> None:
+@given(case=cases(), share=st.sampled_from([0.0, 0.3, 0.5, 1.0]), who=st.sampled_from(REPRESENTATIVES))
+def test_c_prune_removes_exactly_what_it_should(case: tuple[Stats, Fraction], share: float, who: str) -> None:
     stats, ratio = case
-    plan = make_plan("c-prune", float(ratio), stats, options={"layerwise_share": share})
+    plan = make_plan("c-prune", float(ratio), stats, options={"layerwise_share": share, "representative": who})
     layers = list(stats.layers.values())
     experts = layers[0].experts
     layerwise = floor(ratio * Fraction(str(share)) * experts)
@@ -73,25 +74,25 @@ def test_c_prune_removes_exactly_what_it_should(case: tuple[Stats, Fraction], sh
     expected = min(floor(ratio * experts * len(layers)), len(layers) * max(room, layerwise))
     if share == 1:  # uniform: no single layer gives one expert more
         expected = layerwise * len(layers)
-    assert removed(plan) == expected
+    assert removed(plan) == (len(layers) * layerwise if share == 1 else expected)
     assert all(len(layer.drop) >= layerwise for layer in plan.layers.values())
 
 
 @settings(max_examples=40, deadline=None)
-@given(case=cases(), share=st.sampled_from([0.25, 0.5, 0.75]))
-def test_c_prune_s_second_stage_adds_to_its_first(case: tuple[Stats, Fraction], share: float) -> None:
+@given(case=cases(), share=st.sampled_from([0.25, 0.5, 0.75]), who=st.sampled_from(REPRESENTATIVES))
+def test_c_prune_s_second_stage_adds_to_its_first(case: tuple[Stats, Fraction], share: float, who: str) -> None:
     stats, ratio = case
-    both = make_plan("c-prune", float(ratio), stats, options={"layerwise_share": share})
-    first = make_plan("c-prune", float(ratio) * share, stats, options={"layerwise_share": 1})
+    both = make_plan("c-prune", float(ratio), stats, options={"layerwise_share": share, "representative": who})
+    first = make_plan("c-prune", float(ratio) * share, stats, options={"layerwise_share": 1, "representative": who})
     for name, layer in both.layers.items():
         assert set(first.layers[name].drop) - set(layer.drop) == set()
 
 
-def test_c_prune_s_first_stage_alone_is_uniform() -> None:
+@pytest.mark.parametrize(("ratio", "each"), [(0.5, 4), (0.3, 2), (0.74, 5)])
+def test_c_prune_s_first_stage_alone_is_uniform(ratio: float, each: int) -> None:
     stats = tiny.make_stats([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8], [1, 1, 2, 3, 5, 8, 13, 21]])
-    plan = make_plan("c-prune", 0.5, stats, options={"layerwise_share": 1})
-    assert plan.is_uniform
-    assert removed(plan) == 12
+    plan = make_plan("c-prune", ratio, stats, options={"layerwise_share": 1})
+    assert [len(layer.drop) for layer in plan.layers.values()] == [each] * 3
 
 
 def test_c_prune_s_second_stage_looks_across_layers() -> None:
@@ -209,6 +210,7 @@ class TestRefusals:
             ("c-prune", {"layerwise_share": 1.5}),
             ("c-prune", {"global_clusters": 1}),
             ("c-prune", {"layerwise_share": "much"}),
+            ("c-prune", {"representative": "loudest"}),
             ("random", {"seed": "a"}),
         ],
     )

@@ -102,7 +102,9 @@ class TestS3:
                 assert path.read_text() == text
                 assert path.name == "notes #1?.jsonl"
 
-    def test_the_config_goes_last(self, connected: Services, unique: str, qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_config_goes_last(
+        self, connected: Services, unique: str, qwen: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         sent: list[str] = []
         real = places._s3
 
@@ -174,7 +176,10 @@ class TestS3:
                 pass
 
     def test_no_bucket_to_write_to(self, connected: Services) -> None:
-        with pytest.raises(InputError, match="there is nothing at s3://no-such-bucket/key"), output("s3://no-such-bucket/key"):
+        with (
+            pytest.raises(InputError, match="there is nothing at s3://no-such-bucket/key"),
+            output("s3://no-such-bucket/key"),
+        ):
             pytest.fail("work was begun")
 
     def test_a_key_that_is_withdrawn_meanwhile(
@@ -229,7 +234,11 @@ class TestWithoutS3:
     def test_a_server_that_does_not_answer_is_told_in_seconds(
         self, endpoint: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": endpoint}.items():
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "AWS_ENDPOINT_URL": endpoint,
+        }.items():
             monkeypatch.setenv(name, value)
         started = time.monotonic()
         for place in self.PLACES:

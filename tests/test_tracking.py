@@ -166,7 +166,9 @@ class TestHowItEnds:
             raise KeyboardInterrupt
         assert {run.info.run_name: run.info.status for run in runs(client)} == {"prune": "KILLED", "orphan": "KILLED"}
 
-    def test_a_parent_of_before_is_the_parent_again(self, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_parent_of_before_is_the_parent_again(
+        self, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("MOEPRUNE_PARENT_RUN_ID", "of before")
         with tracking.pipeline_run("prune", {}):
             pass
@@ -195,7 +197,9 @@ class TestWhatIsLogged:
         history = client.get_metric_history(run.run_id, "training_error")
         assert [(metric.step, metric.value) for metric in history] == [(0, 0.5), (1, 0.25)]
         assert set(found.data.params["long"]) == {"x"}
-        stored = {item.path for folder in (None, "folder", "figures") for item in client.list_artifacts(run.run_id, folder)}
+        stored = {
+            item.path for folder in (None, "folder", "figures") for item in client.list_artifacts(run.run_id, folder)
+        }
         assert {"page.html", "folder/file.json", "plan.json", "figures/use.png"} <= stored
         (data,) = found.inputs.dataset_inputs
         assert (data.dataset.name, data.dataset.digest) == ("code", "0123456789abcdef" * 2)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from moeprune.atomic import refuse_unwritable
 from moeprune.errors import InputError, ServiceError
 
 REFERENCE_MODEL = "builtin://reference"
@@ -82,11 +83,12 @@ def output(address: str) -> Iterator[Path]:
     """Yield a local path to write a file or directory at; it is at `address` after the block, unless the block raised.
 
     Raises:
-        InputError: the bucket does not exist, or there are objects below the address; both checks come before the block
-            spends any time.
+        InputError: nothing can be written there: the local directory does not let us, the bucket does not exist, or
+            there are objects below the address. All checks come before the block spends any time.
         ServiceError: S3 refuses or cannot be reached; likewise.
     """
     if not is_remote(address):
+        refuse_unwritable(Path(address))
         yield Path(address)
         return
     _check_output(address)

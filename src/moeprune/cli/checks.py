@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moeprune import places
 from moeprune.builtin import corpus
+from moeprune.checkpoint.loading import Checkpoint
 from moeprune.errors import InputError
 from moeprune.methods import check_ratio, check_room, find, parse_options
+from moeprune.steps.machine import quieten
+from moeprune.texts import read_blocks, short_name
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -39,33 +42,29 @@ def check_run(arguments: dict[str, Any]) -> None:
     parse_options(method, arguments["method_options"])
     for baseline in arguments["baselines"]:
         find(baseline)
-    if not _HUB_ID.fullmatch(arguments["model"]) or Path(arguments["model"]).exists():
-        _check_model_here(arguments)
+    names = [short_name(text) for text in arguments["evaluation_data"]]
+    if len(set(names)) < len(names):
+        raise InputError(f"two texts to measure on have the same name ({', '.join(names)}); rename a file")
+    model = arguments["model"]
+    if not places.is_remote(model) and not _may_be_on_the_hub(model):
+        _check_model_and_texts(arguments)
 
 
-def _check_model_here(arguments: dict[str, Any]) -> None:
-    if places.is_remote(arguments["model"]):
-        return
-    from moeprune.checkpoint.loading import Checkpoint
-    from moeprune.texts import read_blocks, short_name
-
+def _check_model_and_texts(arguments: dict[str, Any]) -> None:
+    quieten()
     with places.local_model(arguments["model"]) as directory:
         checkpoint = Checkpoint(directory, arguments["trust_remote_code"])
         top_k = getattr(checkpoint.config.get_text_config(), "num_experts_per_tok", None)
         for name, layer in checkpoint.layout.layers.items():
-            if top_k:
+            if top_k:  # a model that calls it otherwise is checked where it is pruned
                 check_room(arguments["ratio"], name, layer.experts, top_k)
         tokenizer = checkpoint.tokenizer()
-    names = [short_name(text) for text in arguments["evaluation_data"]]
-    if len(set(names)) < len(names):
-        raise InputError(f"two texts to measure on have the same name ({', '.join(names)}); rename a file")
-    for address in [*arguments["data"].split(","), *arguments["evaluation_data"]]:
-        source = address.strip()
-        if not places.is_remote(source) and not (_HUB_ID.fullmatch(source) and not Path(source).suffix):
-            read_blocks(
-                source,
-                tokenizer,
-                block_tokens=arguments["block_tokens"],
-                max_blocks=1,
-                text_field=arguments["text_field"],
-            )
+    block_tokens, text_field = arguments["block_tokens"], arguments["text_field"]
+    for source in [*arguments["data"].split(","), *arguments["evaluation_data"]]:
+        is_file = PurePosixPath(source).suffix or not _may_be_on_the_hub(source)
+        if is_file and not places.is_remote(source):
+            read_blocks(source, tokenizer, block_tokens=block_tokens, max_blocks=1, text_field=text_field)
+
+
+def _may_be_on_the_hub(address: str) -> bool:
+    return bool(_HUB_ID.fullmatch(address)) and not Path(address).exists()

@@ -26,7 +26,6 @@ from moeprune.cli.app import (
     app,
     parse_settings,
 )
-from moeprune.cli.checks import check_run, evaluation_texts
 from moeprune.cli.screen import Screen
 from moeprune.cli.services import STATE, MlflowPortOption, S3PortOption, StateOption, services_in
 from moeprune.errors import InputError
@@ -77,10 +76,13 @@ def run(
 ) -> None:
     """Run the whole pipeline on this machine: calibrate, cluster, prune, distill, evaluate, promote.
 
-    What an earlier run calibrated is used again, as long as the model, the data and the code are the same. s3://
-    addresses are those of the S3 server of this run, or, where AWS_ACCESS_KEY_ID or AWS_PROFILE is set, yours.
+    It has an MLflow and an S3 server of its own, or those that `moeprune up` started. What an earlier run calibrated is
+    used again, as long as the model, the data and the code are the same. s3:// addresses are on that S3 server, or,
+    where AWS_ACCESS_KEY_ID or AWS_PROFILE is set, on yours.
     """
     _require_kubeflow()
+    from moeprune.cli.checks import check_run, evaluation_texts
+
     arguments = {
         "model": _absolute(model),
         "data": ",".join(_absolute(source.strip()) for source in data.split(",")),
@@ -88,7 +90,7 @@ def run(
         "method": method,
         "ratio": ratio,
         "method_options": parse_settings(method_options),
-        "baselines": [name.strip() for name in baselines.split(",") if name.strip()],
+        "baselines": list(dict.fromkeys(name.strip() for name in baselines.split(",") if name.strip())),
         "text_field": text_field,
         "block_tokens": block_tokens,
         "calibration_blocks": calibration_blocks,
@@ -107,9 +109,8 @@ def run(
             screen.finished("services", f"MLflow {services.mlflow}, S3 {services.s3}")
             _run(name, arguments, state, screen)
         if running(services_in(state)) is None:
-            screen.console.print(
-                "The servers are stopped; `make up` (`moeprune up`) starts them again at this address."
-            )
+            again = _up_again(state, mlflow_port, s3_port)
+            screen.console.print(f"The servers are stopped; to open the MLflow run, start them again: {again}")
 
 
 def _run(name: str, arguments: dict[str, Any], state: Path, screen: Screen) -> None:
@@ -143,6 +144,12 @@ def _run(name: str, arguments: dict[str, Any], state: Path, screen: Screen) -> N
     console.print(f"MLflow run    {mlflow_address}")
     console.print(f"report        {folder / 'report.html'}")
     console.print(f"model         {outputs['model'].path}")
+
+
+def _up_again(state: Path, mlflow_port: int, s3_port: int) -> str:
+    chosen = {"--state": (state, STATE), "--mlflow-port": (mlflow_port, MLFLOW_PORT), "--s3-port": (s3_port, S3_PORT)}
+    options = [f"{option} {value}" for option, (value, default) in chosen.items() if value != default]
+    return " ".join(["moeprune up", *options]) + ("" if options else " (or make up)")
 
 
 def _require_kubeflow() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from moeprune import places, tracking
+from moeprune.atomic import refuse_directory
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.progress import progress
 from moeprune.statistics import Stats, merge
@@ -42,6 +43,7 @@ def calibrate(
         places.output(out) as path,
         places.local_model(model) as directory,
     ):
+        refuse_directory(path)
         checkpoint = Checkpoint(directory, trust_remote_code)
         fingerprint = checkpoint.fingerprint
         blocks = read_blocks(

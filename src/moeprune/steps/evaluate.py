@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeprune import places, tracking
+from moeprune.atomic import refuse_directory
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.clusters import Clusters
 from moeprune.errors import InputError
@@ -73,6 +74,8 @@ def evaluate(
         run = stack.enter_context(tracking.step("evaluate", params | machine.describe()))
         report_path = stack.enter_context(places.output(out))
         page_path = stack.enter_context(places.output(page_out)) if page_out else None
+        for path in filter(None, (report_path, page_path)):
+            refuse_directory(path)
         similarity = None
         if clusters:
             similarity = similarity_of(Clusters.load(stack.enter_context(places.local_file(clusters))))

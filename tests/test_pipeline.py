@@ -1,0 +1,354 @@
+"""The pipeline as Kubeflow gets it: what the launch form shows, what the components call, what is in the YAML."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]  # kfp brings it
+from kfp import components
+
+from moeprune import places, steps
+from moeprune.cli.run import run as run_command
+from moeprune.components.calibrate import calibrate
+from moeprune.components.cluster import cluster
+from moeprune.components.distill import distill
+from moeprune.components.evaluate import evaluate
+from moeprune.components.global_prune import global_prune
+from moeprune.components.promote import promote
+from moeprune.evaluation.report import Quality
+from moeprune.pipelines import freshness, processes
+from moeprune.pipelines.on_a_cluster import SECRET, VARIABLES
+from moeprune.pipelines.prune import prune
+from moeprune.promotion import Verdict
+
+STEPS = {"calibrate", "cluster", "global-prune", "distill", "evaluate", "promote"}
+
+
+def compiled(path: Path, **environment: str) -> str:
+    command = [sys.executable, "-m", "moeprune.pipelines.compile", str(path)]
+    subprocess.run(command, env=os.environ | environment, check=True, capture_output=True)
+    return path.read_text()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return compiled(tmp_path_factory.mktemp("compiled") / "new" / "prune.yaml", PYTHONHASHSEED="1")
+
+
+@pytest.fixture(scope="module")
+def spec(text: str) -> dict[str, Any]:
+    return next(yaml.safe_load_all(text))
+
+
+@pytest.fixture(scope="module")
+def platform(text: str) -> dict[str, Any]:
+    return list(yaml.safe_load_all(text))[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+
+
+def described(definitions: dict[str, dict[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for kind in ("parameters", "artifacts"):
+        yield from definitions.get(kind, {}).items()
+
+
+class TestTheYaml:
+    def test_every_input_and_output_is_described(self, spec: dict[str, Any]) -> None:
+        of_steps = {name.removeprefix("comp-"): component for name, component in spec["components"].items()}
+        assert of_steps.keys() == STEPS
+        for name, component in [*of_steps.items(), ("the pipeline", spec["root"])]:
+            for side in ("inputDefinitions", "outputDefinitions"):
+                for key, definition in described(component[side]):
+                    assert len(definition.get("description", "")) > 8, f"{name}: {key}"
+                    assert "\n\n" not in definition["description"], f"{name}: {key}"
+
+    def test_every_parameter_has_a_default(self, spec: dict[str, Any]) -> None:
+        """A run can be started from the launch form as it is."""
+        for name, definition in spec["root"]["inputDefinitions"]["parameters"].items():
+            assert definition.get("isOptional"), name
+
+    def test_the_same_source_gives_the_same_bytes(self, text: str, tmp_path: Path) -> None:
+        assert compiled(tmp_path / "again.yaml", PYTHONHASHSEED="2") == text
+
+    def test_one_image_that_can_be_chosen(self, spec: dict[str, Any], tmp_path: Path) -> None:
+        def images(of: dict[str, Any]) -> set[str]:
+            return {executor["container"]["image"] for executor in of["deploymentSpec"]["executors"].values()}
+
+        assert {image.split(":")[0] for image in images(spec)} == {"moeprune"}
+        chosen = compiled(tmp_path / "chosen.yaml", MOEPRUNE_IMAGE="registry.example/team/moeprune:7")
+        assert images(next(yaml.safe_load_all(chosen))) == {"registry.example/team/moeprune:7"}
+
+    def test_nothing_is_installed_when_a_step_starts(self, text: str) -> None:
+        assert "pip install" not in text
+
+    def test_only_what_runs_share_is_cached(self, spec: dict[str, Any]) -> None:
+        tasks = spec["root"]["dag"]["tasks"]
+        assert {name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")} == {
+            "calibrate",
+            "cluster",
+        }
+
+    def test_keys_come_from_a_secret_that_may_be_absent(self, spec: dict[str, Any], platform: dict[str, Any]) -> None:
+        assert {name.removeprefix("exec-") for name in platform} == STEPS
+        for executor in platform.values():
+            (secret,) = executor["secretAsEnv"]
+            assert secret["secretName"] == SECRET
+            assert secret["optional"] is True
+            assert {entry["envVar"] for entry in secret["keyToEnv"]} == set(VARIABLES)
+            (run_id,) = executor["fieldPathAsEnv"]
+            assert run_id == {"name": "KFP_RUN_ID", "fieldPath": "metadata.labels['pipeline/runid']"}
+        for executor in spec["deploymentSpec"]["executors"].values():
+            assert "env" not in executor["container"]
+
+    def test_it_loads_again(self, text: str) -> None:
+        loaded = components.load_component_from_text(text)
+        assert loaded.component_spec.inputs.keys() == prune.component_spec.inputs.keys()
+        assert loaded.component_spec.outputs.keys() == {"report", "page", "model", "promoted", "verdict"}
+
+
+class TestTheCommandLine:
+    def test_has_an_option_for_every_parameter(self) -> None:
+        options = inspect.signature(run_command).parameters
+        for name, spec in prune.component_spec.inputs.items():
+            default = options[name].default
+            match name:
+                case "evaluation_data":  # depends on --data
+                    assert default == ""
+                case "method_options":
+                    assert (default or {}) == spec.default
+                case "baselines":
+                    assert default.split(",") == spec.default
+                case _:
+                    assert default == spec.default, name
+
+
+class Artifact:
+    """As much of Kubeflow's as a component uses."""
+
+    def __init__(self, name: str, **metadata: object) -> None:
+        self.path, self.metadata = f"/artifacts/{name}", dict(metadata)
+        self.logged: dict[str, float] = {}
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.logged[name] = value
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, object], list[dict[str, Any]]]:
+    """Let a step only note what it is called with, by the names of its parameters, and return what is given here."""
+
+    def replace(name: str, result: object) -> list[dict[str, Any]]:
+        signature = inspect.signature(getattr(steps, name))
+        calls: list[dict[str, Any]] = []
+
+        def note(*args: object, **options: object) -> object:
+            calls.append(signature.bind(*args, **options).arguments)
+            return result
+
+        monkeypatch.setattr(steps, name, note)
+        return calls
+
+    return replace
+
+
+class TestComponents:
+    """Each makes one call; what it is given arrives under the right name."""
+
+    def test_calibrate(self, called: Callable[..., list[dict[str, Any]]]) -> None:
+        calls = called("calibrate", SimpleNamespace(tokens=5, layers=[1, 2]))
+        options = {
+            "text_field": "body",
+            "block_tokens": 3,
+            "max_blocks": 4,
+            "batch_blocks": 5,
+            "trust_remote_code": True,
+        }
+        stats = Artifact("stats")
+        calibrate.python_func(model="M", data="D", stats=stats, **options)
+        assert calls == [{"model": "M", "data": "D", "out": stats.path, **options}]
+        assert stats.metadata == {"model": "M", "data": "D", "tokens": 5, "layers": 2}
+
+    def test_cluster(self, called: Callable[..., list[dict[str, Any]]]) -> None:
+        calls = called("cluster", SimpleNamespace(clusters_per_layer=3, layers=[1]))
+        stats, clusters = Artifact("stats"), Artifact("clusters")
+        cluster.python_func(stats=stats, clusters=clusters, algorithm="k-means", clusters_per_layer=3)
+        assert calls == [
+            {"stats": stats.path, "out": clusters.path, "algorithm": "k-means", "clusters_per_layer": 3},
+        ]
+
+    @pytest.mark.parametrize("baselines", [["frequency", "random"], []])
+    def test_global_prune(self, called: Callable[..., list[dict[str, Any]]], baselines: list[str]) -> None:
+        made = SimpleNamespace(experts_per_layer={"a": 3, "b": 5}, files=SimpleNamespace(parameters=7))
+        calls = called("prune", made)
+        stats, clusters, plan, pruned, beside = map(Artifact, ("stats", "clusters", "plan", "pruned", "beside"))
+        global_prune.python_func(
+            model="M",
+            stats=stats,
+            clusters=clusters,
+            plan=plan,
+            pruned=pruned,
+            baseline_models=beside,
+            method="m",
+            ratio=0.3,
+            method_options={"a": 1},
+            baselines=baselines,
+            trust_remote_code=True,
+        )
+        (call,) = calls
+        assert call == {
+            "model": "M",
+            "method": "m",
+            "ratio": 0.3,
+            "stats": stats.path,
+            "plan_out": plan.path,
+            "model_out": pruned.path,
+            "clusters": clusters.path,
+            "options": {"a": 1},
+            "baselines": baselines,
+            "baselines_out": beside.path,
+            "trust_remote_code": True,
+        }
+        assert pruned.metadata["method"] == "m"
+        assert (pruned.metadata["fewest_experts"], pruned.metadata["most_experts"]) == (3, 5)
+
+    def test_distill(self, called: Callable[..., list[dict[str, Any]]]) -> None:
+        calls = called("distill", SimpleNamespace(curve=[1.0, 0.5]))
+        student, plan, distilled = Artifact("student", method="m"), Artifact("plan"), Artifact("distilled")
+        options = {
+            "text_field": "body",
+            "block_tokens": 3,
+            "max_blocks": 4,
+            "batch_blocks": 5,
+            "learning_rate": 0.5,
+            "epochs": 2,
+            "trust_remote_code": True,
+        }
+        distill.python_func(teacher="M", student=student, plan=plan, data="D", distilled=distilled, **options)
+        given = {"teacher": "M", "student": student.path, "plan": plan.path, "data": "D", "out": distilled.path}
+        assert calls == [given | options]
+        assert distilled.metadata == {"method": "m", "optimizer_steps": 2}
+
+    def test_evaluate(self, called: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
+        quality = {"law": Quality(loss_nats=1.5, perplexity=4.5, accuracy=0.4, tokens=9)}
+        best = SimpleNamespace(name="distilled", quality=quality)
+        report = SimpleNamespace(
+            domain="law",
+            headline=best,
+            candidates=[best],
+            loss_increase=lambda _: 0.5,
+            bytes_ratio=lambda _: 0.6,
+            speed_ratio=lambda _: 1.1,
+        )
+        calls = called("evaluate", report)
+        beside = Artifact("beside")
+        beside.path = str(tmp_path)
+        (tmp_path / "random").mkdir()
+        (tmp_path / "random.json").write_text("a plan")
+        options = {
+            "text_field": "body",
+            "block_tokens": 3,
+            "max_blocks": 4,
+            "batch_blocks": 5,
+            "trust_remote_code": True,
+        }
+        pruned, distilled, clusters = map(Artifact, ("pruned", "distilled", "clusters"))
+        out, page, metrics = map(Artifact, ("report", "page", "metrics"))
+        evaluate.python_func(
+            original="M",
+            pruned=pruned,
+            distilled=distilled,
+            baseline_models=beside,
+            clusters=clusters,
+            data=["D", "E"],
+            report=out,
+            page=page,
+            metrics=metrics,
+            **options,
+        )
+        (call,) = calls
+        models = [(model.name, model.address) for model in call.pop("models")]
+        assert models == [
+            ("original", "M"),
+            ("pruned", pruned.path),
+            ("distilled", distilled.path),
+            ("random", str(tmp_path / "random")),
+        ]
+        given = {"data": ["D", "E"], "out": out.path, "page_out": page.path, "clusters": clusters.path}
+        assert call == given | options
+        assert (metrics.logged["loss_increase_nats"], metrics.logged["perplexity"]) == (0.5, 4.5)
+
+    def test_no_baselines_is_no_models(self, tmp_path: Path) -> None:
+        assert steps.models_in(str(tmp_path / "absent")) == []
+
+    def test_promote(self, called: Callable[..., list[dict[str, Any]]]) -> None:
+        calls = called("promote", Verdict(True, 0.1, "a sentence", "3"))
+        report, model = Artifact("report"), Artifact("model")
+        outcome = promote.python_func(
+            report=report, model=model, registered_model="N", candidate="c", max_loss_increase_nats=0.2, alias="a"
+        )
+        given = {"report": report.path, "model": model.path, "name": "N", "candidate": "c"}
+        assert calls == [given | {"max_loss_increase_nats": 0.2, "alias": "a"}]
+        assert outcome == (True, "3", "a sentence")
+
+
+class TestFreshness:
+    """What an earlier run made is used again only while model, data and code are what they were."""
+
+    def test_it_is_the_same_until_something_changes(self, tmp_path: Path) -> None:
+        model, data = tmp_path / "model", tmp_path / "data.jsonl"
+        model.mkdir()
+        (model / "weights").write_text("1")
+        data.write_text("2")
+
+        def now() -> str:
+            return freshness.state_of(str(model), f"builtin://code,{data}")
+
+        first = now()
+        assert now() == first
+        data.write_text("22")
+        second = now()
+        assert second != first
+        (model / "weights").write_text("11")
+        assert now() not in {first, second}
+
+    def test_other_code_is_another_state(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = freshness.state_of("builtin://reference", "builtin://code")
+        (tmp_path / "more.py").write_text("x = 1\n")
+        monkeypatch.setattr(freshness.moeprune, "__path__", [*freshness.moeprune.__path__, str(tmp_path)])
+        assert freshness.state_of("builtin://reference", "builtin://code") != first
+
+    def test_a_place_that_takes_no_look_is_its_address(self) -> None:
+        assert places.version("owner/name") == places.version("owner/name") != places.version("owner/other")
+
+
+def follow(script: str) -> tuple[int, list[str]]:
+    lines: list[str] = []
+    code = processes.follow(["sh", "-c", script], dict(os.environ), lines.append)
+    return code, lines
+
+
+class TestProcesses:
+    def test_output_and_code(self) -> None:
+        assert follow("echo one; echo two >&2; exit 7") == (7, ["one", "two"])
+
+    @pytest.mark.parametrize("stubborn", [False, True])
+    def test_ctrl_c_ends_all_that_a_step_started(self, stubborn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(processes, "GRACE_SECONDS", 0.5)
+        marker = f"{time.time():.6f}"  # a number of seconds to sleep that nobody else sleeps
+        trap = "trap '' INT; " if stubborn else ""
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            follow(f"{trap}sleep {marker} & sleep {marker}")
+        assert time.monotonic() - started < 5
+        listing = subprocess.run(["ps", "-A", "-o", "stat=,args="], capture_output=True, text=True, check=True).stdout
+        assert not [row for row in listing.splitlines() if f"sleep {marker}" in row and not row.startswith("Z")]

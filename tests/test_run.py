@@ -1,0 +1,346 @@
+"""`moeprune run`, `up` and `down`: real servers, real steps, each in its process."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import pytest
+import tiny
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from moeprune.evaluation.report import Report
+from moeprune.services import Services, down, running, up
+from moeprune.services.ports import free_ports
+
+PROGRAM = [sys.executable, "-c", "from moeprune.cli import main; main()", "run"]
+BLOCKS = ("--block-tokens", tiny.BLOCK_TOKENS)
+STEPS = ["calibrate", "cluster", "prune", "distill", "evaluate", "promote"]
+
+
+@dataclass(frozen=True)
+class House:
+    """A state directory with its servers running, a model, and texts."""
+
+    state: Path
+    services: Services
+    model: Path
+    texts: Path
+
+    def run(self, *arguments: object) -> Outcome:
+        return Outcome(self, start(self.state, self.model, self.texts, *arguments))
+
+    def text(self, name: str) -> Path:
+        return self.texts / f"{name}.jsonl"
+
+    @property
+    def mlflow(self) -> MlflowClient:
+        return MlflowClient(self.services.mlflow)
+
+
+class Outcome:
+    """What a run said, and what MLflow knows of it."""
+
+    def __init__(self, house: House, process: subprocess.Popen[str]) -> None:
+        self.out, self.err = process.communicate(timeout=300)
+        self.code = process.returncode
+        (experiment,) = house.mlflow.search_experiments(filter_string="name = 'moeprune'")
+        # The latest run without a parent; the others are its steps.
+        found = house.mlflow.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])
+        self.parent = next(run for run in found if "mlflow.parentRunId" not in run.data.tags)
+        self.steps = {
+            run.info.run_name: run
+            for run in found
+            if run.data.tags.get("mlflow.parentRunId") == self.parent.info.run_id
+        }
+
+
+def start(state: Path, model: Path, texts: Path, *arguments: object) -> subprocess.Popen[str]:
+    """`moeprune run` as a shell on a terminal starts it: as the leader of a process group."""
+    given = (
+        "--data",
+        texts / "domain.jsonl",
+        "--evaluation-data",
+        f"{texts / 'held-out.jsonl'},{texts / 'other.jsonl'}",
+    )
+    command = [*PROGRAM, "--state", state, "--model", model, *given, *BLOCKS, *arguments]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def write_texts(directory: Path) -> Path:
+    for seed, (name, count) in enumerate({"domain": 60, "held-out": 30, "other": 30}.items()):
+        tiny.write_jsonl(directory / f"{name}.jsonl", tiny.sentences(seed, count))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory, qwen: Path) -> Iterator[House]:
+    state = tmp_path_factory.mktemp("state of runs")
+    try:
+        services = up(state / "services", *free_ports(2))
+        yield House(state, services, qwen, write_texts(tmp_path_factory.mktemp("texts")))
+    finally:
+        down(state / "services")
+
+
+@pytest.fixture(scope="module")
+def first(house: House) -> Outcome:
+    """A run that passes the gate."""
+    return house.run(
+        "--ratio", 0.5, "--baselines", "frequency", "--max-loss-increase", 100, "--registered-model", "tiny"
+    )
+
+
+@pytest.fixture(scope="module")
+def second(house: House, first: Outcome) -> Outcome:
+    """One at another ratio, with nothing to compare with, that does not pass the gate."""
+    return house.run("--ratio", 0.25, "--baselines", "", "--max-loss-increase", -100, "--registered-model", "tiny")
+
+
+def artifacts(house: House, run: Run) -> set[str]:
+    """What is stored on S3 for a run."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=house.services.s3,
+        aws_access_key_id=house.services.access_key,
+        aws_secret_access_key=house.services.secret_key,
+        region_name="us-east-1",
+    )
+    keys = [item["Key"] for item in client.list_objects_v2(Bucket="mlflow").get("Contents", [])]
+    return {key.partition(f"{run.info.run_id}/artifacts/")[2] for key in keys if run.info.run_id in key}
+
+
+def report_of(house: House, outcome: Outcome) -> Report:
+    return Report.load(house.state / "reports" / outcome.parent.info.run_name / "report.json")
+
+
+class TestARun:
+    def test_ends_with_the_table_and_addresses(self, house: House, first: Outcome) -> None:
+        assert first.code == 0, first.out + first.err
+        assert first.err == ""
+        for step in ("services", "calibrate", "cluster", "global-prune", "distill", "evaluate", "promote"):
+            assert re.search(rf"^{step} +\d+\.\d s", first.out, re.MULTILINE), step
+        assert re.search(r"original +pruned +distilled +frequency", first.out)
+        assert "held-out (pruned for)" in first.out
+        assert "registered as tiny version 1" in first.out
+        assert f"{house.services.mlflow}/#/experiments/1/runs/{first.parent.info.run_id}" in first.out
+        assert f"reports/{first.parent.info.run_name}/report.html" in first.out
+
+    def test_is_quiet(self, first: Outcome) -> None:
+        for noise in ("KFP", "Executing", "INFO", "WARN", "Warning", "Traceback", "executor_input", "View run"):
+            assert noise not in first.out, noise
+
+    def test_says_how_far_a_step_is(self, first: Outcome) -> None:
+        assert re.search(r"^  evaluate: 4/4$", first.out, re.MULTILINE)
+
+    def test_report(self, house: House, first: Outcome) -> None:
+        report = report_of(house, first)
+        assert [candidate.name for candidate in report.candidates] == ["original", "pruned", "distilled", "frequency"]
+        assert [candidate.experts for candidate in report.candidates] == [24, 12, 12, 12]
+        assert report.domains == ["held-out", "other"]
+        page = (house.state / "reports" / first.parent.info.run_name / "report.html").read_text()
+        assert page.lstrip().startswith("<!")
+        assert "frequency" in page
+
+    def test_the_log_has_what_the_screen_has_not(self, house: House, first: Outcome) -> None:
+        log = (house.state / "logs" / f"{first.parent.info.run_name}.log").read_text()
+        assert log.count("KFP Executor") > len(STEPS)
+        assert "\x1b" not in log
+        for secret in (house.services.access_key, house.services.secret_key):
+            assert secret not in log
+
+    def test_mlflow_has_a_run_of_the_pipeline_and_one_of_each_step(self, first: Outcome) -> None:
+        assert first.parent.info.status == "FINISHED"
+        assert first.parent.data.params["ratio"] == "0.5"
+        assert first.parent.data.metrics["distilled.held-out.perplexity"] > 1
+        assert first.parent.data.tags["moeprune.reused"] == "nothing"
+        assert sorted(first.steps) == sorted(STEPS)
+        assert {run.info.status for run in first.steps.values()} == {"FINISHED"}
+        assert first.steps["promote"].data.metrics["gate_passed"] == 1
+
+    def test_artifacts_are_on_s3(self, house: House, first: Outcome) -> None:
+        stored = artifacts(house, first.parent)
+        assert {"report.json", "report.html"} <= stored
+        assert any(name.startswith("figures/") for name in stored)
+        assert {"plan.json", "baselines/frequency.json"} <= artifacts(house, first.steps["prune"])
+        assert {"model/config.json", "model/tokenizer.json"} <= artifacts(house, first.steps["promote"])
+
+    def test_the_alias_points_to_the_model(self, house: House, first: Outcome) -> None:
+        version = house.mlflow.get_model_version_by_alias("tiny", "champion")
+        assert version.run_id == first.steps["promote"].info.run_id
+
+
+class TestASecondRun:
+    def test_does_not_calibrate_again(self, second: Outcome) -> None:
+        assert second.code == 0, second.out + second.err
+        assert re.search(r"^calibrate: +reused", second.out, re.MULTILINE)
+        assert second.parent.data.tags["moeprune.reused"] == "calibrate, cluster"
+        assert sorted(second.steps) == ["distill", "evaluate", "promote", "prune"]
+
+    def test_has_its_own_results(self, house: House, second: Outcome) -> None:
+        report = report_of(house, second)
+        assert [candidate.name for candidate in report.candidates] == ["original", "pruned", "distilled"]
+        assert [candidate.experts for candidate in report.candidates] == [24, 18, 18]
+
+    def test_a_gate_that_is_not_passed_registers_nothing(self, house: House, second: Outcome) -> None:
+        assert "gate failed" in second.out
+        assert "nothing was registered" in second.parent.data.tags["gate"]
+        assert [version.version for version in house.mlflow.search_model_versions("name = 'tiny'")] == ["1"]
+
+    def test_leaves_servers_running_that_it_did_not_start(self, house: House, second: Outcome) -> None:
+        assert running(house.state / "services")
+        assert "servers are stopped" not in second.out
+
+
+def test_a_step_that_fails_is_one_sentence(house: House, tmp_path: Path) -> None:
+    texts = write_texts(tmp_path)
+    rows = (texts / "domain.jsonl").read_text().splitlines()
+    # Further down than the checks before the run look.
+    (texts / "domain.jsonl").write_text("\n".join([*rows[:40], '{"id": 41, "body": "no text"}', *rows[40:]]) + "\n")
+    outcome = House(house.state, house.services, house.model, texts).run("--baselines", "")
+    assert outcome.code == 1
+    sentence, log = outcome.err.splitlines()
+    assert sentence.startswith("moeprune: calibrate: ")
+    assert "row 41" in sentence
+    assert "Traceback" in (house.state / "logs" / f"{outcome.parent.info.run_name}.log").read_text()
+    assert outcome.parent.info.run_name in log
+    assert "Traceback" not in outcome.out
+    assert outcome.parent.info.status == "FAILED"
+    assert "row 41" in outcome.parent.data.tags["error"]
+    assert {name: run.info.status for name, run in outcome.steps.items()} == {"calibrate": "FAILED"}
+    assert not list(house.state.rglob("*writing*"))
+
+
+def test_ctrl_c_in_a_step_leaves_nothing(tmp_path: Path, qwen: Path) -> None:
+    texts, state = write_texts(tmp_path), tmp_path / "state"
+    tiny.write_jsonl(texts / "domain.jsonl", tiny.sentences(0, 30_000))  # takes longer than this test
+    mlflow_port, s3_port = free_ports(2)
+    ports = ("--mlflow-port", mlflow_port, "--s3-port", s3_port)
+    process = start(state, qwen, texts, *ports, "--calibration-blocks", 20_000)
+    assert process.stdout
+    assert any("calibrate: " in line for line in process.stdout)  # it is at work
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert err.splitlines() == ["moeprune: interrupted; nothing was left half-written"]
+    assert processes_that_mention(tmp_path) == []
+    assert not list(state.rglob("*writing*"))
+    assert not list(state.glob("runs/*/calibrate/stats"))
+    with sqlite3.connect(state / "services" / "mlflow.db") as database:
+        assert database.execute("select status from runs").fetchall() == [("KILLED",), ("KILLED",)]
+
+
+def processes_that_mention(place: Path, patience: float = 5.0) -> list[str]:
+    """Command lines and working directories of living processes that name a place."""
+    deadline = time.monotonic() + patience
+    while True:
+        listing = subprocess.run(["ps", "-A", "-o", "pid=,stat=,args="], capture_output=True, text=True, check=True)
+        rows = [row.split(maxsplit=2) for row in listing.stdout.splitlines()]
+        found = [row[2] for row in rows if len(row) == 3 and str(place) in row[2] and not row[1].startswith("Z")]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
+Run_ = Callable[..., tuple[int, str, str]]
+
+
+class TestBadInput:
+    """Told before anything is started: there is not even a state directory."""
+
+    @pytest.fixture
+    def refused(self, run_cli: Run_, qwen: Path, tmp_path: Path) -> Callable[..., str]:
+        texts = write_texts(tmp_path)
+
+        def run(*arguments: object, **replaced: object) -> str:
+            given = {
+                "--model": qwen,
+                "--data": texts / "domain.jsonl",
+                "--evaluation-data": texts / "held-out.jsonl",
+                "--block-tokens": tiny.BLOCK_TOKENS,
+                "--state": tmp_path / "state",
+            } | {f"--{name.replace('_', '-')}": value for name, value in replaced.items()}
+            flat = [part for option, value in given.items() if value is not None for part in (option, value)]
+            code, out, err = run_cli("run", *flat, *arguments)
+            assert code == 1, out + err
+            assert (out, err.count("\n")) == ("", 1)
+            assert not (tmp_path / "state").exists()
+            return err
+
+        return run
+
+    def test_unknown_method(self, refused: Callable[..., str]) -> None:
+        assert "c-prune, frequency, random" in refused("--method", "magic")
+        assert "c-prune, frequency, random" in refused("--baselines", "random,magic")
+
+    @pytest.mark.parametrize("ratio", [-0.1, 1])
+    def test_ratio_out_of_range(self, refused: Callable[..., str], ratio: float) -> None:
+        assert "ratio" in refused("--ratio", ratio)
+
+    def test_ratio_that_leaves_too_few(self, refused: Callable[..., str]) -> None:
+        assert "the largest ratio for this model is 0.75" in refused("--ratio", 0.9)
+
+    def test_unknown_option(self, refused: Callable[..., str]) -> None:
+        assert "layerwise_share" in refused("--set", "layerwise=1")
+
+    def test_no_such_model(self, refused: Callable[..., str], tmp_path: Path) -> None:
+        assert "nowhere" in refused(model=tmp_path / "nowhere")
+
+    def test_a_model_without_experts(self, refused: Callable[..., str], tmp_path: Path) -> None:
+        assert "not a Mixture-of-Experts" in refused(model=tiny.write(tmp_path / "dense", tiny.dense_config()))
+
+    def test_no_such_data(self, refused: Callable[..., str], tmp_path: Path) -> None:
+        assert "nowhere.jsonl" in refused(data=tmp_path / "nowhere.jsonl")
+
+    def test_empty_data(self, refused: Callable[..., str], tmp_path: Path) -> None:
+        (tmp_path / "empty.jsonl").touch()
+        assert "is empty" in refused(evaluation_data=tmp_path / "empty.jsonl")
+
+    def test_a_text_shorter_than_a_block(self, refused: Callable[..., str], tmp_path: Path) -> None:
+        short = tiny.write_jsonl(tmp_path / "short.jsonl", ["few words"])
+        assert "less than one block" in refused(evaluation_data=short)
+
+    def test_texts_of_the_same_name(self, refused: Callable[..., str], tmp_path: Path) -> None:
+        twice = f"{tmp_path / 'other.jsonl'},{tmp_path / 'other.jsonl'}"
+        assert "same name" in refused(evaluation_data=twice)
+
+    def test_data_without_a_held_out_text(self, refused: Callable[..., str]) -> None:
+        assert "--evaluation-data" in refused(evaluation_data=None)
+
+    def test_kubeflow_is_not_installed(self, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in [name for name in sys.modules if name.startswith(("moeprune.pipelines", "moeprune.components"))]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "kfp", None)
+        assert "moeprune[local]" in refused()
+
+
+def test_up_and_down(run_cli: Run_, tmp_path: Path) -> None:
+    mlflow_port, s3_port = free_ports(2)
+    state = tmp_path / "state"
+    try:
+        code, out, err = run_cli("up", "--state", state, "--mlflow-port", mlflow_port, "--s3-port", s3_port)
+        assert code == 0, err
+        assert f"http://127.0.0.1:{mlflow_port}" in out
+        assert f"http://127.0.0.1:{s3_port}" in out
+        services = running(state / "services")
+        assert services
+        assert services.secret_key not in out
+        code, _, err = run_cli("up", "--state", tmp_path / "another", "--mlflow-port", mlflow_port)
+        assert (code, "MLFLOW_PORT" in err) == (1, True)
+    finally:
+        code, out, _ = run_cli("down", "--state", state)
+    assert (code, out) == (0, "stopped\n")
+    assert running(state / "services") is None
+    assert run_cli("down", "--state", state) == (0, "nothing was running\n", "")
