@@ -65,7 +65,7 @@ def test_nothing_is_left_of_what_failed(kind: Beside, error: type[BaseException]
 def test_what_was_there_stays_until_then(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_text("before")
-    with pytest.raises(ValueError, match="no"), write_beside(out) as beside:
+    with pytest.raises(ValueError, match="no"), write_beside(out) as beside:  # noqa: PT012
         beside.write_text("half")
         raise ValueError("no")
     assert out.read_text() == "before"

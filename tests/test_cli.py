@@ -16,15 +16,16 @@ import pytest
 import tiny
 import torch
 from masking import plain_logits
+from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
-from moeprune import __version__
+from moeprune import __version__, places
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.clusters import Clusters
 from moeprune.evaluation.report import Report
 from moeprune.methods import METHODS
 from moeprune.plan import Plan
-from moeprune.services import Services
+from moeprune.services import BUCKET, Services
 from moeprune.statistics import Stats
 
 Run = Callable[..., tuple[int, str, str]]
@@ -65,7 +66,11 @@ def walk(tmp_path_factory: pytest.TempPathFactory, qwen: Path, corpus: Path) -> 
 
 
 class TestAWalk:
-    """In this order."""
+    """In this order, and with MLflow looking on."""
+
+    @pytest.fixture(autouse=True)
+    def _experiment(self, connected: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "walk")
 
     def test_calibrate(self, walk: Walk, run_cli: Run) -> None:
         out = succeeds(
@@ -132,7 +137,7 @@ class TestAWalk:
         assert walk.page.read_text().startswith("<!doctype html>") or "<html" in walk.page.read_text()
         assert all(name in out for name in ("original", "pruned", "recovered"))
 
-    def test_promote(self, walk: Walk, run_cli: Run, connected: Services) -> None:
+    def test_promote(self, walk: Walk, run_cli: Run) -> None:
         given = ("promote", "--report", walk.report, "--model", walk.distilled, "--candidate", "recovered")
         out = succeeds(run_cli(*given, "--name", "walked", "--max-loss-increase", 100))
         assert "registered as walked version 1" in out
@@ -140,6 +145,52 @@ class TestAWalk:
         assert code == 3
         assert "gate failed" in out
         assert not err
+
+    def test_mlflow_has_a_run_of_each_step(self, walk: Walk, connected: Services) -> None:
+        client = MlflowClient(connected.mlflow)
+        experiment = client.get_experiment_by_name("walk")
+        assert experiment is not None
+        found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+        assert found.keys() == {"calibrate", "cluster", "plan", "apply", "distill", "evaluate", "promote"}
+        assert {run.info.status for run in found.values()} == {"FINISHED"}
+
+        def stored(step: str) -> set[str]:
+            run = found[step].info.run_id
+            return {item.path for folder in (None, "figures") for item in client.list_artifacts(run, folder)}
+
+        for step, metrics, artifacts in (
+            ("calibrate", {"calibration_tokens", "throughput_tokens_per_second"}, set()),
+            ("cluster", {"clusters_per_layer_used"}, {"figures/expert_similarity.png"}),
+            ("plan", {"removed_experts_share"}, {"plan.json"}),
+            ("apply", {"size_on_disk_mb", "parameters"}, set()),
+            ("distill", {"layer_error_before_share_of_variance", "training_error_share_of_variance"}, set()),
+            ("evaluate", {"original.held-out.loss_nats", "recovered.arithmetic.perplexity"}, {"report.json"}),
+        ):
+            assert metrics <= found[step].data.metrics.keys(), step
+            assert artifacts <= stored(step), step
+        assert len([path for path in stored("evaluate") if path.endswith(".png")]) >= 3
+        for step in ("calibrate", "distill"):
+            assert [data.dataset.name for data in found[step].inputs.dataset_inputs] == ["corpus"]
+        assert found["plan"].data.params["ratio"] == "0.5"
+        assert found["calibrate"].data.params["model"] == str(walk.model)
+
+    def test_the_same_on_s3(self, walk: Walk, run_cli: Run, connected: Services) -> None:
+        there = f"s3://{BUCKET}/walk"
+        for name, path in (("model", walk.model), ("text.jsonl", walk.data)):
+            with places.output(f"{there}/{name}") as local:
+                local.symlink_to(path)
+        given = ("--model", f"{there}/model")
+        options = (*BLOCKS, "--groups", 3)
+        succeeds(run_cli("calibrate", *given, "--data", f"{there}/text.jsonl", "--out", f"{there}/stats", *options))
+        chosen = ("--method", "frequency", "--ratio", 0.25)
+        succeeds(run_cli("plan", *chosen, "--stats", f"{there}/stats", "--out", f"{there}/plan.json"))
+        succeeds(run_cli("apply", *given, "--plan", f"{there}/plan.json", "--out", f"{there}/pruned"))
+        with places.local_file(f"{there}/stats") as path:
+            stats, expected = Stats.load(path), Stats.load(walk.stats)
+            assert (stats.model, stats.data, stats.tokens) == (expected.model, expected.data, expected.tokens)
+        with places.local_model(f"{there}/pruned") as directory:
+            assert set(Checkpoint(directory).experts_per_layer.values()) == {6}
+            assert plain_logits(Checkpoint(directory).load(), tiny.token_ids(0)).isfinite().all()
 
     def test_nothing_but_the_outputs_is_left(self, walk: Walk) -> None:
         outputs = {"stats", "clusters", "plan.json", "pruned", "distilled", "report.json", "report.html"}

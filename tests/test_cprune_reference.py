@@ -1,13 +1,15 @@
 """C-Prune's selection rule reproduces the selections that its authors published.
 
-The data are not in this repository. `MOEPRUNE_CPRUNE_REFERENCE` names a directory; every pair of files below it is a case:
+The data are not in this repository. The environment variable MOEPRUNE_CPRUNE_REFERENCE names a directory, and every
+pair of files below it is a case:
 
-    .../DATA_unsupervised.json.gz           labels and distances: {layer: [batch: [expert: [label, distance]]]} in the
-                                            layer-wise stage, [batch: [expert left, layer after layer: ...]] in the global one
-    .../rate_R/DATA_prune.json.gz           what was pruned at that rate: {layer: experts}
+    .../DATA_unsupervised.json.gz     labels and distances; in the layer-wise stage
+                                      {layer: [batch: [expert: [label, distance]]]}, in the global stage
+                                      [batch: [expert that is left, layer after layer: [label, distance]]]
+    .../rate_R/DATA_prune.json.gz     what was pruned at that rate: {layer: experts}
 
-A global stage below `rate_R1/` goes on from what that layer-wise stage left; any other prunes all experts of all layers. Nothing
-about a model is assumed: layers and experts are those of the files.
+A global stage below `rate_R1/` goes on from what that layer-wise stage left; any other prunes all experts of all
+layers. Nothing about a model is assumed: layers and experts are those of the files.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def arrays(batches: list[list[list[float]]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def layers_stated_above(stated: Path, data: str) -> Iterator[Layers]:
-    """Layers and their experts as the layer-wise files around state them: the nearest first, and of the same data first."""
+    """Layers and their experts as the layer-wise files around state them: the nearest, and of the same data, first."""
     for above in stated.parents:
         files = sorted(above.rglob(f"*{STATED}*"), key=lambda path: (not path.name.startswith(data + STATED), path))
         for content in map(read, files):
@@ -135,10 +137,8 @@ def test_the_published_selection_is_reproduced(stated: Path, result: Path) -> No
     data, rate = result.name.partition(RESULT)[0], rate_of(result.parent)
     assert rate is not None
     content = read(stated)
-    if isinstance(content, dict):
-        selected = select_layer_wise(content, rate)
-    else:
-        selected = select_globally(stated, rate, data)
+    layer_wise = isinstance(content, dict)
+    selected = select_layer_wise(content, rate) if layer_wise else select_globally(stated, rate, data)
     published = {layer: set(experts) for layer, experts in read(result).items()}
     assert published.keys() <= selected.keys()
     assert {layer: experts for layer, experts in selected.items() if experts} == {

@@ -54,8 +54,8 @@ def pair_of(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Callable[..
     return get
 
 
-@pytest.fixture
-def ids_BS() -> torch.Tensor:
+@pytest.fixture(name="ids_BS")
+def token_ids() -> torch.Tensor:
     return tiny.token_ids(9, blocks=BLOCKS)
 
 
@@ -260,7 +260,7 @@ class TestTheStep:
 
 class TestStepRefusals:
     @pytest.fixture
-    def arguments(self, qwen: Path, corpus: Path, tmp_path: Path) -> dict[str, str]:
+    def arguments(self, qwen: Path, corpus: Path, tmp_path: Path) -> dict[str, Any]:
         source = Checkpoint(qwen)
         plan = tiny.plan_for(list(source.layout.layers), [[0, 1, 2]] * 3, source.fingerprint)
         plan.save(tmp_path / "plan.json")
@@ -268,21 +268,21 @@ class TestStepRefusals:
         paths = {"teacher": qwen, "student": tmp_path / "pruned", "plan": tmp_path / "plan.json", "data": corpus}
         return {name: str(path) for name, path in paths.items()} | {"out": str(tmp_path / "out")}
 
-    def test_a_student_that_the_plan_does_not_make(self, arguments: dict[str, str], tmp_path: Path) -> None:
+    def test_a_student_that_the_plan_does_not_make(self, arguments: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(InputError, match="does not keep the experts"):
             steps.distill(**arguments | {"student": arguments["teacher"]}, block_tokens=tiny.BLOCK_TOKENS)
         assert not (tmp_path / "out").exists()
 
-    def test_a_plan_for_another_teacher(self, arguments: dict[str, str], tmp_path: Path) -> None:
+    def test_a_plan_for_another_teacher(self, arguments: dict[str, Any], tmp_path: Path) -> None:
         other = tiny.write(tmp_path / "other", tiny.FAMILIES["qwen2_moe"](), seed=4)
         with pytest.raises(InputError, match="another model"):
             steps.distill(**arguments | {"teacher": str(other)}, block_tokens=tiny.BLOCK_TOKENS)
 
-    def test_a_place_that_is_taken(self, arguments: dict[str, str]) -> None:
+    def test_a_place_that_is_taken(self, arguments: dict[str, Any]) -> None:
         with pytest.raises(InputError, match="exists already"):
             steps.distill(**arguments | {"out": arguments["student"]}, block_tokens=tiny.BLOCK_TOKENS)
 
-    def test_divergence_leaves_nothing(self, arguments: dict[str, str], tmp_path: Path) -> None:
+    def test_divergence_leaves_nothing(self, arguments: dict[str, Any], tmp_path: Path) -> None:
         before = sorted(tmp_path.iterdir())
         with pytest.raises(InputError, match="diverged"):
             steps.distill(**arguments, block_tokens=tiny.BLOCK_TOKENS, learning_rate=1e30)

@@ -1,10 +1,11 @@
-"""Where the experts are, and which model it is: read from config, names and shapes of families that the code does not name."""
+"""Where the experts are, and which model it is: told from config, names and shapes, for families that no code names."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.surgery import apply
 from moeprune.errors import InputError
 
-# family: path of an experts module, first layer, number of them, its place in the config, fused tensors, tensors per expert
+# family: path of an experts module, first layer, layers, key in the config, fused tensors, tensors of each expert
 EXPECTED = {
     "qwen2_moe": ("model.layers.{}.mlp.experts", 0, 3, "num_experts", 1, 3),
     "mixtral": ("model.layers.{}.mlp.experts", 0, 2, "num_local_experts", 1, 3),
@@ -44,7 +45,7 @@ def test_experts_and_routers_are_found(
         assert all(stored[tensor].shape[axis] == tiny.EXPERTS for tensor, axis in layer.fused.items())
         assert all(len(names) == tiny.EXPERTS and set(names) <= stored.keys() for names in layer.separate)
         number = name.split(".")[2]
-        assert all(tensor.split(".")[2] == number for tensor in [*layer.fused, *sum(layer.separate, [])])
+        assert all(tensor.split(".")[2] == number for tensor in chain(layer.fused, *layer.separate))
         block = name.removesuffix(".experts")
         router = "router" if family == "granitemoe" else "gate"
         assert layer.parameters == dict.fromkeys(

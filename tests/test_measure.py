@@ -78,7 +78,7 @@ def test_expert_use_is_each_expert_s_share(measured: Measured, model_of: Callabl
         seen: dict[str, torch.Tensor] = {}
         handles = [
             model.get_submodule(name).register_forward_pre_hook(
-                lambda _, arguments, name=name: seen.update({name: arguments[1]})
+                lambda _, arguments, name=name, seen=seen: seen.update({name: arguments[1]})
             )
             for name in tiny.experts_module_names(model)
         ]

@@ -1,4 +1,4 @@
-"""Every method keeps what it promises: never more than the ratio says, never fewer than run for a token, always the same."""
+"""Every method: never more than the ratio says, never fewer than run for a token, and always the same."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_c_prune_s_second_stage_looks_across_layers() -> None:
 
 
 def test_c_prune_keeps_the_representatives_of_each_cluster() -> None:
-    # Two clusters of four: experts 0 to 3 around one point and 4 to 7 around another, at known distances from the centre.
+    # Two clusters of four: experts 0 to 3 around one point and 4 to 7 around another, at known distances from it.
     offsets = torch.tensor([0.1, -0.3, 2.2, -2.0])[:, None] * torch.tensor([0.0, 1.0])
     points = torch.cat([offsets + torch.tensor([50.0, 0.0]), offsets[[2, 0, 3, 1]] - torch.tensor([50.0, 0.0])])
     stats = tiny.make_stats([list(range(8))], points[None, None])
@@ -249,7 +249,7 @@ class TestVoting:
     def test_votes_add_up_over_groups(self) -> None:
         labels = np.array([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 1, 1]])
         distances = np.array([[3.0, 1.0, 2.0, 9.0, 9.0, 9.0], [4.0, 3.0, 2.0, 1.0, 9.0, 9.0]])
-        # First group: of the cluster of three the nearest (1), and all others. Second: of the four (3), and both others.
+        # First group: of the cluster of three the nearest (1), and all others. Second: of the four 3, and both others.
         assert [representatives(n, 0.25, 6) for n in (3, 4)] == [1, 1]
         assert count_votes(labels, distances, 0.25, 6).tolist() == [0, 1, 0, 2, 2, 2]
 

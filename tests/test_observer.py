@@ -44,8 +44,8 @@ def hooked(model: PreTrainedModel, ids_BS: torch.Tensor) -> Seen:
 
 
 def one_expert(module: torch.nn.Module, expert: int, x_TH: torch.Tensor) -> torch.Tensor:
-    gate, up = (x_TH @ module.gate_up_proj[expert].T).chunk(2, dim=-1)  # type: ignore[index, union-attr]
-    return (torch.nn.functional.silu(gate) * up) @ module.down_proj[expert].T  # type: ignore[index, union-attr]
+    gate, up = (x_TH @ module.gate_up_proj[expert].T).chunk(2, dim=-1)  # type: ignore[index]
+    return (torch.nn.functional.silu(gate) * up) @ module.down_proj[expert].T  # type: ignore[index]
 
 
 @pytest.fixture(params=tiny.FAMILIES)
@@ -53,8 +53,8 @@ def model(request: pytest.FixtureRequest, model_of: Callable[[str], PreTrainedMo
     return model_of(request.param)
 
 
-@pytest.fixture
-def ids_BS() -> torch.Tensor:
+@pytest.fixture(name="ids_BS")
+def token_ids() -> torch.Tensor:
     return tiny.token_ids(5, blocks=BLOCKS)
 
 
@@ -187,7 +187,7 @@ def test_an_unevenly_pruned_model_is_observed_too(qwen: Path, tmp_path: Path, id
 def test_outputs_that_are_no_numbers_are_refused(tmp_path: Path, ids_BS: torch.Tensor) -> None:
     model = tiny.build(tiny.FAMILIES["mixtral"]())
     with torch.no_grad():
-        model.get_submodule("model.layers.1.mlp.experts").down_proj[3] = torch.nan  # type: ignore[index, operator]
+        model.get_submodule("model.layers.1.mlp.experts").down_proj[3] = torch.nan
     with pytest.raises(InputError, match="cannot be summed"):
         calibrate(model, "model", ids_BS)
 

@@ -111,7 +111,12 @@ class TestS3:
         def recording() -> Any:
             client = real()
             upload = client.upload_file
-            client.upload_file = lambda file, bucket, key: (sent.append(Path(key).name), upload(file, bucket, key))
+
+            def note_and_upload(file: str, bucket: str, key: str) -> None:
+                sent.append(Path(key).name)
+                upload(file, bucket, key)
+
+            client.upload_file = note_and_upload
             return client
 
         monkeypatch.setattr(places, "_s3", recording)
@@ -122,7 +127,7 @@ class TestS3:
 
     def test_a_failure_sends_nothing(self, client: Any, unique: str) -> None:
         for error in (InputError("no"), KeyboardInterrupt()):
-            with pytest.raises(type(error)), output(f"s3://{BUCKET}/{unique}") as path:
+            with pytest.raises(type(error)), output(f"s3://{BUCKET}/{unique}") as path:  # noqa: PT012
                 path.write_text("half")
                 raise error
         assert not client.list_objects_v2(Bucket=BUCKET, Prefix=unique).get("Contents")
@@ -186,7 +191,7 @@ class TestS3:
         self, connected: Services, unique: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         address = f"s3://{BUCKET}/{unique}"
-        with pytest.raises(ServiceError, match=address), output(address) as path:
+        with pytest.raises(ServiceError, match=address), output(address) as path:  # noqa: PT012
             path.write_text("content")
             monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "withdrawn")
 

@@ -75,7 +75,12 @@ def start(state: Path, model: Path, texts: Path, *arguments: object) -> subproce
     )
     command = [*PROGRAM, "--state", state, "--model", model, *given, *BLOCKS, *arguments]
     return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        list(map(str, command)),
+        env=os.environ | {"COLUMNS": "140"},  # as wide as the table of a run
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 

@@ -31,8 +31,8 @@ def file_bytes(stats: Stats, directory: Path) -> bytes:
     return path.read_bytes()
 
 
-@pytest.fixture(scope="module")
-def ids_BS() -> torch.Tensor:
+@pytest.fixture(name="ids_BS", scope="module")
+def token_ids() -> torch.Tensor:
     return tiny.token_ids(11, blocks=BATCHES * BATCH_BLOCKS - 1)  # the last batch is a smaller one
 
 

@@ -269,6 +269,14 @@ def test_any_plan_is_carried_out(
     assert Checkpoint(out).experts_per_layer == plan.experts_per_layer
 
 
+def test_settings_made_on_an_uneven_model_reach_every_layer(cases: dict[tuple[str, str], Case]) -> None:
+    model = Checkpoint(cases["qwen2_moe", "some"].pruned).load()
+    for implementation in ("eager", "batched_mm"):
+        model.set_experts_implementation(implementation)
+        modules = [model.get_submodule(name) for name in tiny.experts_module_names(model)]
+        assert {module.config._experts_implementation for module in modules} == {implementation}
+
+
 def test_every_precision_is_kept(tmp_path: Path) -> None:
     source = Checkpoint(tiny.write(tmp_path / "half", tiny.FAMILIES["qwen2_moe"](), dtype="bfloat16"))
     names = list(source.layout.layers)

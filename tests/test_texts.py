@@ -7,8 +7,8 @@ import re
 from itertools import islice
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import tiny
 import torch
@@ -173,7 +173,7 @@ class TestWhatIsNoText:
     def test_unknown_built_in_texts_name_the_known(self, tokenizer: PreTrainedTokenizerFast) -> None:
         with pytest.raises(InputError, match="unknown built-in text 'poetry'; known: code, prose, arithmetic"):
             read("builtin://poetry", tokenizer)
-        with pytest.raises(InputError, match="unknown split 'test' .*known: train, held-out"):
+        with pytest.raises(InputError, match=r"unknown split 'test' .*known: train, held-out"):
             read("builtin://code/test", tokenizer)
 
     @pytest.mark.parametrize(("block", "limit"), [(1, 5), (0, 5), (-3, 5), (8, 0)])

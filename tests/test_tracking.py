@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -161,7 +161,7 @@ class TestHowItEnds:
         assert tracking.PARENT_RUN_VARIABLE not in os.environ
 
     def test_a_step_that_had_no_time_to_end_its_run(self, client: MlflowClient) -> None:
-        with pytest.raises(KeyboardInterrupt), tracking.pipeline_run("prune", {}) as parent:
+        with pytest.raises(KeyboardInterrupt), tracking.pipeline_run("prune", {}) as parent:  # noqa: PT012
             client.create_run(parent.experiment_id, run_name="orphan", tags={PARENT: parent.run_id})
             raise KeyboardInterrupt
         assert {run.info.run_name: run.info.status for run in runs(client)} == {"prune": "KILLED", "orphan": "KILLED"}
@@ -256,7 +256,7 @@ class TestServersThatDoNotServe:
         gone = MlflowHostCreds("http://127.0.0.1:9")
         kind = type(error) if error else ServiceError
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        with pytest.raises(kind, match=expected), tracking.step("calibrate", {}) as run:
+        with pytest.raises(kind, match=expected), tracking.step("calibrate", {}) as run:  # noqa: PT012
             assert run.client is not None
             monkeypatch.setattr(run.client._tracking_client.store, "get_host_creds", lambda: gone)
             if error:
@@ -317,12 +317,12 @@ class TestPromotion:
         return f"model-{uuid4().hex[:8]}"
 
     @pytest.fixture
-    def promote(self, client: MlflowClient, qwen: Path, tmp_path: Path, name: str) -> Iterator[Callable[..., Any]]:
+    def promote(self, client: MlflowClient, qwen: Path, tmp_path: Path, name: str) -> Callable[..., Any]:
         def run(loss: float, **options: Any) -> Any:
             report(loss).save(tmp_path / "report.json")
             return steps.promote(str(tmp_path / "report.json"), str(qwen), name, max_loss_increase_nats=0.25, **options)
 
-        yield run
+        return run
 
     def test_a_good_model_is_registered_and_can_be_fetched(
         self, client: MlflowClient, promote: Callable[..., Any], name: str, qwen: Path, tmp_path: Path

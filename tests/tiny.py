@@ -176,7 +176,7 @@ def make_stats(
     model: str = "f" * 64,
     data: str = "1" * 32,
 ) -> Stats:
-    """Stats by hand: how often each expert of each layer is used, and what it puts out, as sums over a group's blocks."""
+    """Stats by hand: how often each expert of each layer is used, and what it puts out, summed over each group."""
     experts = len(routed_LE[0])
     if probes_LGEH is None:
         generator = torch.Generator().manual_seed(0)

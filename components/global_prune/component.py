@@ -50,8 +50,8 @@ def global_prune(
         baselines_out=baseline_models.path,
         trust_remote_code=trust_remote_code,
     )
-    kept = made.experts_per_layer.values()
+    kept = made.plan.experts_per_layer.values()
     facts = {"method": method, "ratio": ratio, "fewest_experts": min(kept), "most_experts": max(kept)}
     plan.metadata.update(facts)
-    pruned.metadata.update(facts, framework="transformers", parameters=made.files.parameters)
+    pruned.metadata.update(facts, framework="transformers", parameters=made.parameters)
     baseline_models.metadata.update(methods=", ".join(baselines), ratio=ratio)

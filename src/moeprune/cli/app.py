@@ -157,9 +157,9 @@ def apply(
     """Carry out a Plan: write the pruned model."""
     from moeprune import steps
 
-    pruned = steps.apply(model, plan, out, shard_bytes=shard_megabytes << 20, trust_remote_code=trust_remote_code)
+    made = steps.apply(model, plan, out, shard_bytes=shard_megabytes << 20, trust_remote_code=trust_remote_code)
     needs_code = ""
-    if len(set(pruned.experts_per_layer.values())) > 1:
+    if not made.plan.is_uniform:
         needs_code = "; layers differ, so load it with trust_remote_code=True"
     console.print(f"{out}: written{needs_code}")
 

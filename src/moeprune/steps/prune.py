@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moeprune import places, tracking
@@ -17,6 +18,15 @@ from moeprune.progress import progress
 from moeprune.statistics import Stats
 from moeprune.texts import short_name
 from moeprune.tracking import TrackedRun
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a Plan made of a model, wherever that lies now."""
+
+    plan: Plan
+    parameters: int
+    bytes_on_disk: int
 
 
 def plan(
@@ -35,7 +45,7 @@ def plan(
 
 def apply(
     model: str, plan: str, out: str, *, shard_bytes: int = SHARD_BYTES, trust_remote_code: bool = False
-) -> Checkpoint:
+) -> Applied:
     """Carry out a Plan on a model and put the pruned checkpoint at `out`. See `checkpoint.surgery.apply`."""
     with tracking.step("apply", {"model": model}) as run:
         return _apply(run, model, plan, out, shard_bytes, trust_remote_code)
@@ -54,7 +64,7 @@ def prune(
     baselines: Sequence[str] = (),
     baselines_out: str | None = None,
     trust_remote_code: bool = False,
-) -> Checkpoint:
+) -> Applied:
     """`plan` and `apply` as one tracked step, and the same by other methods, to hold the result against.
 
     Args:
@@ -67,7 +77,7 @@ def prune(
     with tracking.step("prune", params) as run, places.local_model(model) as directory:
         original = str(directory)  # brought here once, for all methods
         _plan(run, method, ratio, stats, plan_out, clusters, options)
-        pruned = _apply(run, original, plan_out, model_out, SHARD_BYTES, trust_remote_code)
+        made = _apply(run, original, plan_out, model_out, SHARD_BYTES, trust_remote_code)
         if baselines_out:
             with places.output(baselines_out) as path, build_beside(path) as beside:
                 for baseline in dict.fromkeys(baselines):
@@ -76,7 +86,7 @@ def prune(
                     run.text(plan_path.read_text(), f"baselines/{baseline}.json")
                     pruned_out = str(beside / baseline)
                     _apply(TrackedRun(), original, str(plan_path), pruned_out, SHARD_BYTES, trust_remote_code, baseline)
-        return pruned
+        return made
 
 
 def _params(method: str, ratio: float, options: dict[str, Any] | None) -> dict[str, Any]:
@@ -122,18 +132,19 @@ def _apply(
     shard_bytes: int,
     trust_remote_code: bool,
     label: str = "apply",
-) -> Checkpoint:
+) -> Applied:
     with places.output(out) as path, places.local_file(plan) as plan_path, places.local_model(model) as directory:
         refuse_to_overwrite(path)
         decided = Plan.load(plan_path)
         source = Checkpoint(directory, trust_remote_code)
         with progress(label) as on_tensor:
             pruned = surgery.apply(source, decided, path, shard_bytes=shard_bytes, on_tensor=on_tensor)
+        made = Applied(decided, pruned.files.parameters, pruned.files.bytes_on_disk)
         run.metrics(
             {
-                "size_on_disk_mb": pruned.files.bytes_on_disk / 1e6,
+                "size_on_disk_mb": made.bytes_on_disk / 1e6,
                 "original_size_on_disk_mb": source.files.bytes_on_disk / 1e6,
-                "parameters": pruned.files.parameters,
+                "parameters": made.parameters,
             }
         )
-        return pruned
+        return made
