@@ -99,6 +99,7 @@ def test_nothing_else_changes(pair_of: Callable[..., Pair], ids_BS: torch.Tensor
     result = pair.learn(ids_BS, learning_rate=1e-2)
     learnt = {name for names in pair.trainable.values() for name in names}
     assert result.parameters.keys() == learnt
+    assert learnt == {name for name, parameter in pair.student.named_parameters() if parameter.requires_grad}
     for name, value in pair.student.state_dict().items():
         assert torch.equal(value, student[name]) == (name not in learnt), name
         if name in learnt:

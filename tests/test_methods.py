@@ -170,10 +170,11 @@ class TestRandom:
         assert one.keep == other.keep
 
 
-@settings(max_examples=300, deadline=None)
-@given(percent=st.integers(0, 100), experts=st.integers(1, 512))
-def test_a_ratio_is_a_whole_number_of_experts(percent: int, experts: int) -> None:
-    assert count_of(percent / 100, experts) == percent * experts // 100
+def test_a_ratio_is_a_whole_number_of_experts() -> None:
+    # All of them: those that a rounding error makes one too few are rare.
+    for percent in range(101):
+        for experts in range(1, 513):
+            assert count_of(percent / 100, experts) == percent * experts // 100
 
 
 class TestRefusals:

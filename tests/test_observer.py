@@ -114,7 +114,7 @@ def test_groups_are_told_by_the_blocks_alone(qwen: Path, model_of: Callable[[str
     assert all(sorted(stats.blocks_per_group) == [0, 0, 0, 1] for stats in alone)
     counts = [sum(column) for column in zip(*(stats.blocks_per_group for stats in alone), strict=True)]
     assert together.blocks_per_group == counts
-    assert sum(count > 0 for count in counts) > 1
+    assert all(calibrate(model, "model", tiny.token_ids(8, blocks=40), groups=4).blocks_per_group)
     for name, layer in together.layers.items():
         summed = torch.stack([stats.layers[name].sum("probe_output") for stats in alone]).sum(0)
         assert largest_difference(layer.sum("probe_output"), summed) < 1e-4
