@@ -40,7 +40,7 @@ format: $(VENV)/ready-dev  ## put the code into the house's style
 compile: $(VENV)/ready  ## write build/prune.yaml, to upload in the Kubeflow UI
 	@$(BIN)/python -m moeprune.pipelines.compile build/prune.yaml
 
-reference-model: $(VENV)/ready-dev  ## train the embedded model again (about 75 minutes on one core)
+reference-model: $(VENV)/ready-dev  ## train the embedded model again (100 minutes on one core)
 	@OMP_NUM_THREADS=1 $(BIN)/python reference_model/train.py --out src/moeprune/builtin/model
 
 lock: $(VENV)/ready-dev  ## write the exact versions that are installed to constraints.txt

@@ -187,7 +187,7 @@ class TestComponents:
 
     @pytest.mark.parametrize("baselines", [["frequency", "random"], []])
     def test_global_prune(self, called: Callable[..., list[dict[str, Any]]], baselines: list[str]) -> None:
-        made = SimpleNamespace(experts_per_layer={"a": 3, "b": 5}, files=SimpleNamespace(parameters=7))
+        made = SimpleNamespace(plan=SimpleNamespace(experts_per_layer={"a": 3, "b": 5}), parameters=7)
         calls = called("prune", made)
         stats, clusters, plan, pruned, beside = map(Artifact, ("stats", "clusters", "plan", "pruned", "beside"))
         global_prune.python_func(

@@ -8,7 +8,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,33 +239,29 @@ def test_ctrl_c_in_a_step_leaves_nothing(tmp_path: Path, qwen: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
     assert err.splitlines() == ["moeprune: interrupted; nothing was left half-written"]
-    assert processes_that_mention(tmp_path) == []
+    assert processes_that_mention(str(tmp_path), f"port={mlflow_port}", f"port={s3_port}") == []
     assert not list(state.rglob("*writing*"))
     assert not list(state.glob("runs/*/calibrate/stats"))
     with sqlite3.connect(state / "services" / "mlflow.db") as database:
         assert database.execute("select status from runs").fetchall() == [("KILLED",), ("KILLED",)]
 
 
-def processes_that_mention(place: Path, patience: float = 5.0) -> list[str]:
-    """Command lines and working directories of living processes that name a place."""
-    deadline = time.monotonic() + patience
-    while True:
-        listing = subprocess.run(["ps", "-A", "-o", "pid=,stat=,args="], capture_output=True, text=True, check=True)
-        rows = [row.split(maxsplit=2) for row in listing.stdout.splitlines()]
-        found = [row[2] for row in rows if len(row) == 3 and str(place) in row[2] and not row[1].startswith("Z")]
-        if not found or time.monotonic() > deadline:
-            return found
-        time.sleep(0.1)
+def processes_that_mention(*words: str) -> list[str]:
+    """Command lines of living processes with one of the words in them."""
+    listing = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "stat=,args="], capture_output=True, text=True, check=True
+    ).stdout
+    return [row for row in listing.splitlines() if any(word in row for word in words) and not row.startswith("Z")]
 
 
-Run_ = Callable[..., tuple[int, str, str]]
+RunCli = Callable[..., tuple[int, str, str]]
 
 
 class TestBadInput:
     """Told before anything is started: there is not even a state directory."""
 
     @pytest.fixture
-    def refused(self, run_cli: Run_, qwen: Path, tmp_path: Path) -> Callable[..., str]:
+    def refused(self, run_cli: RunCli, qwen: Path, tmp_path: Path) -> Callable[..., str]:
         texts = write_texts(tmp_path)
 
         def run(*arguments: object, **replaced: object) -> str:
@@ -331,7 +326,7 @@ class TestBadInput:
         assert "moeprune[local]" in refused()
 
 
-def test_up_and_down(run_cli: Run_, tmp_path: Path) -> None:
+def test_up_and_down(run_cli: RunCli, tmp_path: Path) -> None:
     mlflow_port, s3_port = free_ports(2)
     state = tmp_path / "state"
     try:
@@ -342,7 +337,8 @@ def test_up_and_down(run_cli: Run_, tmp_path: Path) -> None:
         services = running(state / "services")
         assert services
         assert services.secret_key not in out
-        code, _, err = run_cli("up", "--state", tmp_path / "another", "--mlflow-port", mlflow_port)
+        other_ports = ("--mlflow-port", mlflow_port, "--s3-port", *free_ports(1))
+        code, _, err = run_cli("up", "--state", tmp_path / "another", *other_ports)
         assert (code, "MLFLOW_PORT" in err) == (1, True)
     finally:
         code, out, _ = run_cli("down", "--state", state)

@@ -31,6 +31,8 @@ _KFP_RUN_VARIABLE = "KFP_RUN_ID"
 _KFP_RUN_TAG = "kfp.run_id"
 _PARENT_TAG = "mlflow.parentRunId"
 _DEFAULT_EXPERIMENT = "moeprune"
+# The UI shows runs, metrics and figures first, not the evaluation of prompts.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _LONGEST_PARAM = 6000  # MLflow's limit
 
 
@@ -176,7 +178,7 @@ def _experiment(client: MlflowClient) -> str:
                 raise ServiceError(f"the MLflow experiment {name} is deleted; restore it or set MLFLOW_EXPERIMENT_NAME")
             return found.experiment_id
         try:
-            return client.create_experiment(name)
+            return client.create_experiment(name, tags=_EXPERIMENT_TAGS)
         except MlflowException:
             continue
     raise ServiceError(f"the MLflow experiment {name} can neither be found nor made")

@@ -111,16 +111,21 @@ def _plan(
         evidence = Stats.load(stats_path)
         decided = make_plan(method, ratio, evidence, loaded_clusters, options)
         decided.save(path)
-        run.text(decided.model_dump_json(indent=1), "plan.json")
+        for tracked in _own_and_pipelines(run):
+            tracked.text(decided.model_dump_json(indent=1), "plan.json")
         _log_calibration_data(run, evidence)
         run.metrics({"removed_experts_share": decided.removed})
         return decided
 
 
+def _own_and_pipelines(run: TrackedRun) -> list[TrackedRun]:
+    return [run, run.parent] if run.parent_id else [run]
+
+
 def _log_calibration_data(run: TrackedRun, stats: Stats) -> None:
     """Also to the pipeline's run: where calibration was reused from an earlier one, nobody else would."""
     name = "+".join(short_name(source) for address in stats.sources for source in address.split(","))
-    for tracked in [run, run.parent] if run.parent_id else [run]:
+    for tracked in _own_and_pipelines(run):
         tracked.dataset(name, ",".join(stats.sources), stats.data, "calibration", stats.tokens)
 
 
