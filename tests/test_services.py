@@ -145,7 +145,7 @@ def test_a_wrong_key_is_refused(environment: dict[str, str], wrong: dict[str, st
 @pytest.mark.usefixtures("environment")
 def test_a_run_with_an_artifact(monkeypatch: pytest.MonkeyPatch) -> None:
     """The artifact lands in S3, though the client has the MLflow server's address and no key to S3."""
-    client = boto3.client("s3")
+    client = boto3.Session().client("s3")
     with monkeypatch.context() as without_key:
         for name in [name for name in os.environ if name.startswith("AWS_") or name == "MLFLOW_S3_ENDPOINT_URL"]:
             without_key.delenv(name)
@@ -182,7 +182,7 @@ def test_sessions_leave_what_up_started(state: Path, services: Services) -> None
 
 @pytest.mark.usefixtures("environment")
 def test_a_killed_server_is_noticed_and_only_it_starts_again(state: Path, services: Services) -> None:
-    boto3.client("s3").put_object(Bucket=BUCKET, Key="kept", Body=b"before the crash")
+    boto3.Session().client("s3").put_object(Bucket=BUCKET, Key="kept", Body=b"before the crash")
     before = groups(state)
     os.killpg(before["s3"], signal.SIGKILL)
     wait_for(lambda: not living(before["s3"]))
@@ -191,7 +191,7 @@ def test_a_killed_server_is_noticed_and_only_it_starts_again(state: Path, servic
     after = groups(state)
     assert after["mlflow"] == before["mlflow"]
     assert after["s3"] != before["s3"]
-    assert boto3.client("s3").get_object(Bucket=BUCKET, Key="kept")["Body"].read() == b"before the crash"
+    assert boto3.Session().client("s3").get_object(Bucket=BUCKET, Key="kept")["Body"].read() == b"before the crash"
 
 
 # ---------------------------------------------------------------------------------------------- refusals
