@@ -31,7 +31,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def client(connected: Services) -> Any:
-    return boto3.client("s3")
+    return boto3.Session().client("s3")
 
 
 @pytest.fixture
