@@ -18,11 +18,11 @@ from masking import draws, plain_logits
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from moeprune import steps
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.surgery import apply
 from moeprune.distillation import Distilled, distill
 from moeprune.errors import InputError
+from moeprune.steps import distill as step
 
 BLOCKS = 48
 HELD_OUT = 6
@@ -193,7 +193,7 @@ def recovered(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[tu
         plan.save(root / name / "plan.json")
         student, out = root / name / "pruned", root / name / "distilled"
         apply(source, plan, student, shard_bytes=50_000)
-        result = steps.distill(
+        result = step.distill(
             *map(str, (source.directory, student, root / name / "plan.json", corpus, out)),
             block_tokens=tiny.BLOCK_TOKENS,
             max_blocks=BLOCKS,
@@ -271,20 +271,20 @@ class TestStepRefusals:
 
     def test_a_student_that_the_plan_does_not_make(self, arguments: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(InputError, match="does not keep the experts"):
-            steps.distill(**arguments | {"student": arguments["teacher"]}, block_tokens=tiny.BLOCK_TOKENS)
+            step.distill(**arguments | {"student": arguments["teacher"]}, block_tokens=tiny.BLOCK_TOKENS)
         assert not (tmp_path / "out").exists()
 
     def test_a_plan_for_another_teacher(self, arguments: dict[str, Any], tmp_path: Path) -> None:
         other = tiny.write(tmp_path / "other", tiny.FAMILIES["qwen2_moe"](), seed=4)
         with pytest.raises(InputError, match="another model"):
-            steps.distill(**arguments | {"teacher": str(other)}, block_tokens=tiny.BLOCK_TOKENS)
+            step.distill(**arguments | {"teacher": str(other)}, block_tokens=tiny.BLOCK_TOKENS)
 
     def test_a_place_that_is_taken(self, arguments: dict[str, Any]) -> None:
         with pytest.raises(InputError, match="exists already"):
-            steps.distill(**arguments | {"out": arguments["student"]}, block_tokens=tiny.BLOCK_TOKENS)
+            step.distill(**arguments | {"out": arguments["student"]}, block_tokens=tiny.BLOCK_TOKENS)
 
     def test_divergence_leaves_nothing(self, arguments: dict[str, Any], tmp_path: Path) -> None:
         before = sorted(tmp_path.iterdir())
         with pytest.raises(InputError, match="diverged"):
-            steps.distill(**arguments, block_tokens=tiny.BLOCK_TOKENS, learning_rate=1e30)
+            step.distill(**arguments, block_tokens=tiny.BLOCK_TOKENS, learning_rate=1e30)
         assert sorted(tmp_path.iterdir()) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import signal
@@ -18,7 +19,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]  # kfp brings it
 from kfp import components
 
-from moeprune import places, steps
+from moeprune import places
 from moeprune.cli.run import run as run_command
 from moeprune.components.calibrate import calibrate
 from moeprune.components.cluster import cluster
@@ -31,6 +32,7 @@ from moeprune.pipelines import freshness, processes
 from moeprune.pipelines.on_a_cluster import SECRET, VARIABLES
 from moeprune.pipelines.prune import prune
 from moeprune.promotion import Verdict
+from moeprune.steps.evaluate import models_in
 
 STEPS = {"calibrate", "cluster", "global-prune", "distill", "evaluate", "promote"}
 
@@ -147,14 +149,15 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, object], list[dict
     """Let a step only note what it is called with, by the names of its parameters, and return what is given here."""
 
     def replace(name: str, result: object) -> list[dict[str, Any]]:
-        signature = inspect.signature(getattr(steps, name))
+        module = importlib.import_module(f"moeprune.steps.{name}")
+        signature = inspect.signature(getattr(module, name))
         calls: list[dict[str, Any]] = []
 
         def note(*args: object, **options: object) -> object:
             calls.append(signature.bind(*args, **options).arguments)
             return result
 
-        monkeypatch.setattr(steps, name, note)
+        monkeypatch.setattr(module, name, note)
         return calls
 
     return replace
@@ -287,7 +290,7 @@ class TestComponents:
         assert (metrics.logged["loss_increase_nats"], metrics.logged["perplexity"]) == (0.5, 4.5)
 
     def test_no_baselines_is_no_models(self, tmp_path: Path) -> None:
-        assert steps.models_in(str(tmp_path / "absent")) == []
+        assert models_in(str(tmp_path / "absent")) == []
 
     def test_promote(self, called: Callable[..., list[dict[str, Any]]]) -> None:
         calls = called("promote", Verdict(True, 0.1, "a sentence", "3"))

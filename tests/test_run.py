@@ -36,11 +36,8 @@ class House:
     model: Path
     texts: Path
 
-    def run(self, *arguments: object) -> Outcome:
-        return Outcome(self, start(self.state, self.model, self.texts, *arguments))
-
-    def text(self, name: str) -> Path:
-        return self.texts / f"{name}.jsonl"
+    def start(self, *arguments: object) -> subprocess.Popen[str]:
+        return start(self.state, self.model, self.texts, *arguments)
 
     @property
     def mlflow(self) -> MlflowClient:
@@ -53,10 +50,11 @@ class Outcome:
     def __init__(self, house: House, process: subprocess.Popen[str]) -> None:
         self.out, self.err = process.communicate(timeout=300)
         self.code = process.returncode
+        named = re.search(r"c-prune-[\d.]+-\d{8}-\d{6}", self.out + self.err)
+        assert named, self.out + self.err
         (experiment,) = house.mlflow.search_experiments(filter_string="name = 'moeprune'")
-        # The latest run without a parent; the others are its steps.
-        found = house.mlflow.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])
-        self.parent = next(run for run in found if "mlflow.parentRunId" not in run.data.tags)
+        found = house.mlflow.search_runs([experiment.experiment_id])
+        (self.parent,) = (run for run in found if run.info.run_name == named[0])
         self.steps = {
             run.info.run_name: run
             for run in found
@@ -99,18 +97,29 @@ def house(tmp_path_factory: pytest.TempPathFactory, qwen: Path) -> Iterator[Hous
         down(state / "services")
 
 
+GATE = ("--registered-model", "tiny", "--max-loss-increase")
+
+
 @pytest.fixture(scope="module")
-def first(house: House) -> Outcome:
+def at_work(house: House) -> Iterator[subprocess.Popen[str]]:
+    """The first run, on its way: a run leaves a core to others, and the tests that need no result of it come first."""
+    with house.start("--ratio", 0.5, "--baselines", "frequency", *GATE, 100) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def first(house: House, at_work: subprocess.Popen[str]) -> Outcome:
     """A run that passes the gate."""
-    return house.run(
-        "--ratio", 0.5, "--baselines", "frequency", "--max-loss-increase", 100, "--registered-model", "tiny"
-    )
+    return Outcome(house, at_work)
 
 
 @pytest.fixture(scope="module")
 def second(house: House, first: Outcome) -> Outcome:
     """One at another ratio, with nothing to compare with, that does not pass the gate."""
-    return house.run("--ratio", 0.25, "--baselines", "", "--max-loss-increase", -100, "--registered-model", "tiny")
+    return Outcome(house, house.start("--ratio", 0.25, "--baselines", "", *GATE, -100))
 
 
 def artifacts(house: House, run: Run) -> set[str]:
@@ -128,6 +137,52 @@ def artifacts(house: House, run: Run) -> set[str]:
 
 def report_of(house: House, outcome: Outcome) -> Report:
     return Report.load(house.state / "reports" / outcome.parent.info.run_name / "report.json")
+
+
+def test_a_step_that_fails_is_one_sentence(house: House, at_work: object, tmp_path: Path) -> None:
+    texts = write_texts(tmp_path)
+    rows = (texts / "domain.jsonl").read_text().splitlines()
+    # Further down than the checks before the run look.
+    (texts / "domain.jsonl").write_text("\n".join([*rows[:40], '{"id": 41, "body": "no text"}', *rows[40:]]) + "\n")
+    outcome = Outcome(house, start(house.state, house.model, texts, "--ratio", 0.125))
+    assert outcome.code == 1
+    sentence, log = outcome.err.splitlines()
+    assert sentence.startswith("moeprune: calibrate: ")
+    assert "row 41" in sentence
+    assert "Traceback" in (house.state / "logs" / f"{outcome.parent.info.run_name}.log").read_text()
+    assert outcome.parent.info.run_name in log
+    assert "Traceback" not in outcome.out
+    assert outcome.parent.info.status == "FAILED"
+    assert "row 41" in outcome.parent.data.tags["error"]
+    assert {name: run.info.status for name, run in outcome.steps.items()} == {"calibrate": "FAILED"}
+    assert not list(house.state.rglob("*writing*"))
+
+
+def test_ctrl_c_in_a_step_leaves_nothing(at_work: object, tmp_path: Path, qwen: Path) -> None:
+    texts, state = write_texts(tmp_path), tmp_path / "state"
+    tiny.write_jsonl(texts / "domain.jsonl", tiny.sentences(0, 30_000))  # takes longer than this test
+    mlflow_port, s3_port = free_ports(2)
+    ports = ("--mlflow-port", mlflow_port, "--s3-port", s3_port)
+    process = start(state, qwen, texts, *ports, "--calibration-blocks", 20_000)
+    assert process.stdout
+    assert any("calibrate: " in line for line in process.stdout)  # it is at work
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert err.splitlines() == ["moeprune: interrupted; nothing was left half-written"]
+    assert processes_that_mention(str(tmp_path), f"port={mlflow_port}", f"port={s3_port}") == []
+    assert not list(state.rglob("*writing*"))
+    assert not list(state.glob("runs/*/calibrate/stats"))
+    with sqlite3.connect(state / "services" / "mlflow.db") as database:
+        assert database.execute("select status from runs").fetchall() == [("KILLED",), ("KILLED",)]
+
+
+def processes_that_mention(*words: str) -> list[str]:
+    """Command lines of living processes with one of the words in them."""
+    listing = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "stat=,args="], capture_output=True, text=True, check=True
+    ).stdout
+    return [row for row in listing.splitlines() if any(word in row for word in words) and not row.startswith("Z")]
 
 
 class TestARun:
@@ -208,52 +263,6 @@ class TestASecondRun:
         assert "servers are stopped" not in second.out
 
 
-def test_a_step_that_fails_is_one_sentence(house: House, tmp_path: Path) -> None:
-    texts = write_texts(tmp_path)
-    rows = (texts / "domain.jsonl").read_text().splitlines()
-    # Further down than the checks before the run look.
-    (texts / "domain.jsonl").write_text("\n".join([*rows[:40], '{"id": 41, "body": "no text"}', *rows[40:]]) + "\n")
-    outcome = House(house.state, house.services, house.model, texts).run("--baselines", "")
-    assert outcome.code == 1
-    sentence, log = outcome.err.splitlines()
-    assert sentence.startswith("moeprune: calibrate: ")
-    assert "row 41" in sentence
-    assert "Traceback" in (house.state / "logs" / f"{outcome.parent.info.run_name}.log").read_text()
-    assert outcome.parent.info.run_name in log
-    assert "Traceback" not in outcome.out
-    assert outcome.parent.info.status == "FAILED"
-    assert "row 41" in outcome.parent.data.tags["error"]
-    assert {name: run.info.status for name, run in outcome.steps.items()} == {"calibrate": "FAILED"}
-    assert not list(house.state.rglob("*writing*"))
-
-
-def test_ctrl_c_in_a_step_leaves_nothing(tmp_path: Path, qwen: Path) -> None:
-    texts, state = write_texts(tmp_path), tmp_path / "state"
-    tiny.write_jsonl(texts / "domain.jsonl", tiny.sentences(0, 30_000))  # takes longer than this test
-    mlflow_port, s3_port = free_ports(2)
-    ports = ("--mlflow-port", mlflow_port, "--s3-port", s3_port)
-    process = start(state, qwen, texts, *ports, "--calibration-blocks", 20_000)
-    assert process.stdout
-    assert any("calibrate: " in line for line in process.stdout)  # it is at work
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, out + err
-    assert err.splitlines() == ["moeprune: interrupted; nothing was left half-written"]
-    assert processes_that_mention(str(tmp_path), f"port={mlflow_port}", f"port={s3_port}") == []
-    assert not list(state.rglob("*writing*"))
-    assert not list(state.glob("runs/*/calibrate/stats"))
-    with sqlite3.connect(state / "services" / "mlflow.db") as database:
-        assert database.execute("select status from runs").fetchall() == [("KILLED",), ("KILLED",)]
-
-
-def processes_that_mention(*words: str) -> list[str]:
-    """Command lines of living processes with one of the words in them."""
-    listing = subprocess.run(
-        ["ps", "-A", "-ww", "-o", "stat=,args="], capture_output=True, text=True, check=True
-    ).stdout
-    return [row for row in listing.splitlines() if any(word in row for word in words) and not row.startswith("Z")]
-
-
 RunCli = Callable[..., tuple[int, str, str]]
 
 
@@ -326,22 +335,24 @@ class TestBadInput:
         assert "moeprune[local]" in refused()
 
 
-def test_up_and_down(run_cli: RunCli, tmp_path: Path) -> None:
-    mlflow_port, s3_port = free_ports(2)
-    state = tmp_path / "state"
-    try:
-        code, out, err = run_cli("up", "--state", state, "--mlflow-port", mlflow_port, "--s3-port", s3_port)
+class TestUpAndDown:
+    """The last tests: they stop the servers."""
+
+    def test_up_leaves_what_runs_as_it_is(self, house: House, run_cli: RunCli) -> None:
+        code, out, err = run_cli("up", "--state", house.state)
         assert code == 0, err
-        assert f"http://127.0.0.1:{mlflow_port}" in out
-        assert f"http://127.0.0.1:{s3_port}" in out
-        services = running(state / "services")
-        assert services
-        assert services.secret_key not in out
-        other_ports = ("--mlflow-port", mlflow_port, "--s3-port", *free_ports(1))
-        code, _, err = run_cli("up", "--state", tmp_path / "another", *other_ports)
-        assert (code, "MLFLOW_PORT" in err) == (1, True)
-    finally:
-        code, out, _ = run_cli("down", "--state", state)
-    assert (code, out) == (0, "stopped\n")
-    assert running(state / "services") is None
-    assert run_cli("down", "--state", state) == (0, "nothing was running\n", "")
+        assert house.services.mlflow in out
+        assert house.services.s3 in out
+        assert house.services.secret_key not in out
+
+    def test_a_port_that_is_taken(self, house: House, run_cli: RunCli, tmp_path: Path) -> None:
+        ports = ("--mlflow-port", house.services.mlflow.rpartition(":")[2], "--s3-port", *free_ports(1))
+        code, _, err = run_cli("up", "--state", tmp_path, *ports)
+        assert code == 1
+        assert err.startswith("moeprune: port ")
+        assert "MLFLOW_PORT" in err
+
+    def test_down(self, house: House, run_cli: RunCli, tmp_path: Path) -> None:
+        assert run_cli("down", "--state", tmp_path) == (0, "nothing was running\n", "")
+        assert run_cli("down", "--state", house.state) == (0, "stopped\n", "")
+        assert running(house.state / "services") is None

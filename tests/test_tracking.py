@@ -20,12 +20,13 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 from mlflow.utils.rest_utils import MlflowHostCreds
 
-from moeprune import steps, tracking
+from moeprune import tracking
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.errors import InputError, ServiceError
 from moeprune.evaluation.report import Candidate, DataSet, Quality, Report
 from moeprune.promotion import judge
 from moeprune.services import Services
+from moeprune.steps import promote as step
 
 PARENT = "mlflow.parentRunId"
 
@@ -308,7 +309,7 @@ def test_what_cannot_be_judged(candidate: str, said: str) -> None:
 def test_promotion_needs_a_registry(tmp_path: Path, qwen: Path) -> None:
     report(1.1).save(tmp_path / "report.json")
     with pytest.raises(InputError, match="set MLFLOW_TRACKING_URI"):
-        steps.promote(str(tmp_path / "report.json"), str(qwen), "model")
+        step.promote(str(tmp_path / "report.json"), str(qwen), "model")
 
 
 class TestPromotion:
@@ -320,7 +321,7 @@ class TestPromotion:
     def promote(self, client: MlflowClient, qwen: Path, tmp_path: Path, name: str) -> Callable[..., Any]:
         def run(loss: float, **options: Any) -> Any:
             report(loss).save(tmp_path / "report.json")
-            return steps.promote(str(tmp_path / "report.json"), str(qwen), name, max_loss_increase_nats=0.25, **options)
+            return step.promote(str(tmp_path / "report.json"), str(qwen), name, max_loss_increase_nats=0.25, **options)
 
         return run
 
@@ -374,4 +375,4 @@ class TestPromotion:
     def test_a_name_that_the_registry_refuses(self, connected: Services, qwen: Path, tmp_path: Path) -> None:
         report(1.1).save(tmp_path / "report.json")
         with pytest.raises(ServiceError, match="refuses"):
-            steps.promote(str(tmp_path / "report.json"), str(qwen), "a/b:c")
+            step.promote(str(tmp_path / "report.json"), str(qwen), "a/b:c")

@@ -30,9 +30,9 @@ def calibrate(
     Returns:
         stats: Sums and counts per layer and expert (safetensors). Stats of several data sets can be added up.
     """
-    from moeprune import steps
+    from moeprune.steps import calibrate as step
 
-    collected = steps.calibrate(
+    collected = step.calibrate(
         model,
         data,
         stats.path,

@@ -20,9 +20,9 @@ def cluster(
     Returns:
         clusters: Per layer, which experts belong together and how similar they are (safetensors).
     """
-    from moeprune import steps
+    from moeprune.steps import cluster as step
 
-    made = steps.cluster(stats.path, clusters.path, algorithm=algorithm, clusters_per_layer=clusters_per_layer)
+    made = step.cluster(stats.path, clusters.path, algorithm=algorithm, clusters_per_layer=clusters_per_layer)
     clusters.metadata.update(
         algorithm=algorithm,
         clusters_per_layer=made.clusters_per_layer,

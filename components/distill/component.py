@@ -36,9 +36,9 @@ def distill(
     Returns:
         distilled: The recovered model, a Hugging Face checkpoint.
     """
-    from moeprune import steps
+    from moeprune.steps import distill as step
 
-    result = steps.distill(
+    result = step.distill(
         teacher,
         student.path,
         plan.path,

@@ -40,14 +40,14 @@ def evaluate(
         page: The same as one HTML page, with its figures.
         metrics: The recovered model against the original, on the pruned-for domain.
     """
-    from moeprune import steps
+    from moeprune.steps import evaluate as step
 
-    measured = steps.evaluate(
+    measured = step.evaluate(
         [
-            steps.Named("original", original),
-            steps.Named("pruned", pruned.path),
-            steps.Named("distilled", distilled.path),
-            *steps.models_in(baseline_models.path),
+            step.Named("original", original),
+            step.Named("pruned", pruned.path),
+            step.Named("distilled", distilled.path),
+            *step.models_in(baseline_models.path),
         ],
         data,
         report.path,

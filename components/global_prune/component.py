@@ -35,9 +35,9 @@ def global_prune(
         pruned: The pruned model, a Hugging Face checkpoint.
         baseline_models: The models pruned by the baselines, a directory each; empty where none was asked for.
     """
-    from moeprune import steps
+    from moeprune.steps import prune as step
 
-    made = steps.prune(
+    made = step.prune(
         model,
         method,
         ratio,

@@ -29,9 +29,9 @@ def promote(
         version: Of the registered model; empty where nothing was registered.
         verdict: The outcome in a sentence.
     """
-    from moeprune import steps
+    from moeprune.steps import promote as step
 
-    verdict = steps.promote(
+    verdict = step.promote(
         report.path,
         model.path,
         registered_model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from moeprune.errors import MoepruneError
@@ -11,6 +12,9 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run a command; an error that the user can mend is one sentence on standard error, not a traceback."""
+    # torch's threads spin while they wait, which makes a step several times slower where it shares the cores. This is
+    # read when torch is loaded, here and in the steps of a run.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         # Imported here since that takes seconds, in which Ctrl-C is to be answered, too.
         from moeprune.cli import run, services  # noqa: F401 (they add their commands)

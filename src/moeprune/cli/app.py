@@ -79,9 +79,9 @@ def calibrate(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Run DATA through MODEL once and take down what its experts do (Stats)."""
-    from moeprune import steps
+    from moeprune.steps import calibrate as step
 
-    stats = steps.calibrate(
+    stats = step.calibrate(
         model,
         data,
         out,
@@ -105,9 +105,9 @@ def merge_stats(
     out: Annotated[str, typer.Option(metavar="FILE", help="where to write their sum")],
 ) -> None:
     """Add Stats up: the sum is what one calibration over all the data would have given."""
-    from moeprune import steps
+    from moeprune.steps import calibrate as step
 
-    stats = steps.merge_stats(parts, out)
+    stats = step.merge_stats(parts, out)
     console.print(f"{out}: {stats.tokens:,} tokens from {len(parts)} files")
 
 
@@ -119,9 +119,9 @@ def cluster(
     clusters_per_layer: Annotated[int, typer.Option(help="0: 12 for every 64 experts")] = 0,
 ) -> None:
     """Group the experts of each layer by what they put out (Clusters)."""
-    from moeprune import steps
+    from moeprune.steps import cluster as step
 
-    clusters = steps.cluster(stats, out, algorithm=algorithm, clusters_per_layer=clusters_per_layer)
+    clusters = step.cluster(stats, out, algorithm=algorithm, clusters_per_layer=clusters_per_layer)
     console.print(f"{out}: {clusters.clusters_per_layer} clusters in each of {len(clusters.layers)} layers")
 
 
@@ -137,9 +137,9 @@ def plan(
     settings: SettingOption = None,
 ) -> None:
     """Decide which experts stay (a Plan, to read, edit and apply)."""
-    from moeprune import steps
+    from moeprune.steps import prune as step
 
-    decided = steps.plan(method, ratio, stats, out, clusters=clusters, options=parse_settings(settings))
+    decided = step.plan(method, ratio, stats, out, clusters=clusters, options=parse_settings(settings))
     counts = decided.experts_per_layer.values()
     console.print(f"{out}: removes {decided.removed:.1%} of the experts; layers keep {min(counts)} to {max(counts)}")
 
@@ -155,9 +155,9 @@ def apply(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Carry out a Plan: write the pruned model."""
-    from moeprune import steps
+    from moeprune.steps import prune as step
 
-    made = steps.apply(model, plan, out, shard_bytes=shard_megabytes << 20, trust_remote_code=trust_remote_code)
+    made = step.apply(model, plan, out, shard_bytes=shard_megabytes << 20, trust_remote_code=trust_remote_code)
     needs_code = ""
     if not made.plan.is_uniform:
         needs_code = "; layers differ, so load it with trust_remote_code=True"
@@ -180,9 +180,9 @@ def distill(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Teach the pruned model's MoE blocks to answer as the original's do."""
-    from moeprune import steps
+    from moeprune.steps import distill as step
 
-    result = steps.distill(
+    result = step.distill(
         teacher,
         student,
         plan,
@@ -224,10 +224,10 @@ def evaluate(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Measure models on the same texts: quality per domain, size, memory, speed (a Report)."""
-    from moeprune import steps
     from moeprune.evaluation.table import show
+    from moeprune.steps import evaluate as step
 
-    report = steps.evaluate(
+    report = step.evaluate(
         [_named(place, given) for place, given in enumerate(model)],
         data,
         out,
@@ -266,9 +266,9 @@ def promote(
     alias: Annotated[str, typer.Option(help="moved to the new version")] = "champion",
 ) -> None:
     """Register the model in MLflow if it lost little enough. Exit code 3 where it did not."""
-    from moeprune import steps
+    from moeprune.steps import promote as step
 
-    verdict = steps.promote(
+    verdict = step.promote(
         report, model, name, candidate=candidate, max_loss_increase_nats=max_loss_increase, alias=alias
     )
     console.print(verdict.sentence)
