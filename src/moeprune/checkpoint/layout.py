@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -49,11 +49,15 @@ class Layout:
         layers: name of the experts module in the model -> its layout, in the order of the model.
         config_path: where the config says how many experts there are, for example `("num_experts",)`.
         aliases: every name that number may have in `config.json`.
+        left_out: stored tensor -> why the pruned checkpoint does not carry it.
+        config_changes: dotted path in `config.json` -> the value that the pruned checkpoint has there.
     """
 
     layers: dict[str, LayerLayout]
     config_path: tuple[str, ...]
     aliases: frozenset[str]
+    left_out: dict[str, str] = field(default_factory=dict)
+    config_changes: dict[str, Any] = field(default_factory=dict)
 
 
 def experts_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
