@@ -18,6 +18,7 @@ from moeprune.errors import InputError
 from moeprune.statistics import Stats, observer
 from moeprune.statistics.calibration import calibrate
 from moeprune.statistics.observer import ExpertsCall, observe
+from moeprune.statistics.passes import InMemoryPass
 
 BLOCKS = 6
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
@@ -73,7 +74,7 @@ def test_it_sees_what_the_experts_are_called_with(model: PreTrainedModel, ids_BS
 
 
 def test_usage_is_what_a_count_by_hand_gives(model: PreTrainedModel, ids_BS: torch.Tensor) -> None:
-    stats = calibrate(model, "model", ids_BS, batch_blocks=2)
+    stats = calibrate(InMemoryPass(model), "model", ids_BS, batch_blocks=2)
     seen = hooked(model, ids_BS)
     assert list(stats.layers) == list(seen)
     for name, ((_, index_TK, weight_TK),) in seen.items():
@@ -100,7 +101,7 @@ def probes_by_hand(model: PreTrainedModel, ids_BS: torch.Tensor) -> dict[str, to
 
 
 def test_probes_are_what_each_expert_alone_gives(model: PreTrainedModel, ids_BS: torch.Tensor) -> None:
-    stats = calibrate(model, "model", ids_BS, groups=1, batch_blocks=4)
+    stats = calibrate(InMemoryPass(model), "model", ids_BS, groups=1, batch_blocks=4)
     for name, output_BEH in probes_by_hand(model, ids_BS).items():
         (summed_EH,) = stats.layers[name].sum("probe_output")
         assert output_BEH.abs().max() > 0.1
@@ -109,12 +110,12 @@ def test_probes_are_what_each_expert_alone_gives(model: PreTrainedModel, ids_BS:
 
 def test_groups_are_told_by_the_blocks_alone(qwen: Path, model_of: Callable[[str], PreTrainedModel]) -> None:
     model, ids_BS = model_of("qwen2_moe"), tiny.token_ids(7, blocks=12)
-    together = calibrate(model, "model", ids_BS, groups=4, batch_blocks=5)
-    alone = [calibrate(model, "model", block_S[None], groups=4) for block_S in ids_BS]
+    together = calibrate(InMemoryPass(model), "model", ids_BS, groups=4, batch_blocks=5)
+    alone = [calibrate(InMemoryPass(model), "model", block_S[None], groups=4) for block_S in ids_BS]
     assert all(sorted(stats.blocks_per_group) == [0, 0, 0, 1] for stats in alone)
     counts = [sum(column) for column in zip(*(stats.blocks_per_group for stats in alone), strict=True)]
     assert together.blocks_per_group == counts
-    assert all(calibrate(model, "model", tiny.token_ids(8, blocks=40), groups=4).blocks_per_group)
+    assert all(calibrate(InMemoryPass(model), "model", tiny.token_ids(8, blocks=40), groups=4).blocks_per_group)
     for name, layer in together.layers.items():
         summed = torch.stack([stats.layers[name].sum("probe_output") for stats in alone]).sum(0)
         assert largest_difference(layer.sum("probe_output"), summed) < 1e-4
@@ -131,11 +132,11 @@ def test_observing_changes_nothing(model: PreTrainedModel, ids_BS: torch.Tensor)
     with observe(model, look):
         assert model.config._experts_implementation != implementation
         during = plain_logits(model, ids_BS)
-    calibrate(model, "model", ids_BS)
+    calibrate(InMemoryPass(model), "model", ids_BS)
     assert torch.equal(during, before)
     assert torch.equal(plain_logits(model, ids_BS), before)
     assert model.config._experts_implementation == implementation
-    assert not observer._watched
+    assert not observer._intercepted
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -147,7 +148,7 @@ def test_it_rides_on_any_implementation(
     try:
         model.set_experts_implementation(implementation)
         before = plain_logits(model, ids_BS)
-        stats = calibrate(model, "model", ids_BS, groups=1)
+        stats = calibrate(InMemoryPass(model), "model", ids_BS, groups=1)
         assert model.config._experts_implementation == implementation
         assert torch.equal(plain_logits(model, ids_BS), before)
     finally:
@@ -168,7 +169,7 @@ def test_the_implementation_is_back_when_the_forward_pass_fails(
     with pytest.raises(type(error)), observe(model, fail):
         plain_logits(model, ids_BS)
     assert model.config._experts_implementation == implementation
-    assert not observer._watched
+    assert not observer._intercepted
     assert torch.equal(plain_logits(model, ids_BS), before)
 
 
@@ -177,7 +178,7 @@ def test_an_unevenly_pruned_model_is_observed_too(qwen: Path, tmp_path: Path, id
     keep = [[0, 1, 2], [3, 4, 5, 6, 7], [1, 2]]
     plan = tiny.plan_for(list(source.layout.layers), keep, source.fingerprint)
     model = apply(source, plan, tmp_path / "pruned").load()
-    stats: Stats = calibrate(model, "model", ids_BS)
+    stats: Stats = calibrate(InMemoryPass(model), "model", ids_BS)
     assert [layer.experts for layer in stats.layers.values()] == [3, 5, 2]
     for name, ((_, index_TK, _),) in hooked(model, ids_BS).items():
         counts = stats.layers[name].count("routed_tokens")
@@ -189,7 +190,7 @@ def test_outputs_that_are_no_numbers_are_refused(tmp_path: Path, ids_BS: torch.T
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.experts").down_proj[3] = torch.nan
     with pytest.raises(InputError, match="cannot be summed"):
-        calibrate(model, "model", ids_BS)
+        calibrate(InMemoryPass(model), "model", ids_BS)
 
 
 @pytest.mark.parametrize(
@@ -206,4 +207,4 @@ def test_impossible_requests_are_refused(
     options: dict[str, int], said: str, model_of: Callable[[str], PreTrainedModel], ids_BS: torch.Tensor
 ) -> None:
     with pytest.raises(InputError, match=said):
-        calibrate(model_of("mixtral"), "model", ids_BS, **options)  # type: ignore[arg-type]
+        calibrate(InMemoryPass(model_of("mixtral")), "model", ids_BS, **options)  # type: ignore[arg-type]

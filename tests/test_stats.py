@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from moeprune.errors import InputError
 from moeprune.statistics import Stats, merge
 from moeprune.statistics.calibration import calibrate
+from moeprune.statistics.passes import InMemoryPass
 
 BATCHES = 7
 BATCH_BLOCKS = 3
@@ -43,14 +44,16 @@ def model(request: pytest.FixtureRequest, model_of: Callable[[str], PreTrainedMo
 
 @pytest.fixture(scope="module")
 def whole(model: PreTrainedModel, ids_BS: torch.Tensor) -> Stats:
-    return calibrate(model, "model", ids_BS, groups=3, batch_blocks=BATCH_BLOCKS)
+    return calibrate(InMemoryPass(model), "model", ids_BS, groups=3, batch_blocks=BATCH_BLOCKS)
 
 
 @pytest.fixture(scope="module")
 def parts(model: PreTrainedModel, ids_BS: torch.Tensor) -> list[Stats]:
     """One Stats of each batch."""
     return [
-        calibrate(model, "model", ids_BS, groups=3, batch_blocks=BATCH_BLOCKS, shard=shard, shards=BATCHES)
+        calibrate(
+            InMemoryPass(model), "model", ids_BS, groups=3, batch_blocks=BATCH_BLOCKS, shard=shard, shards=BATCHES
+        )
         for shard in range(BATCHES)
     ]
 
@@ -60,7 +63,7 @@ def test_shards_merged_are_one_run_bit_for_bit(
     shards: int, model: PreTrainedModel, ids_BS: torch.Tensor, whole: Stats, tmp_path: Path
 ) -> None:
     of_shards = [
-        calibrate(model, "model", ids_BS, groups=3, batch_blocks=BATCH_BLOCKS, shard=shard, shards=shards)
+        calibrate(InMemoryPass(model), "model", ids_BS, groups=3, batch_blocks=BATCH_BLOCKS, shard=shard, shards=shards)
         for shard in range(shards)
     ]
     assert sum(stats.blocks for stats in of_shards) == len(ids_BS)
@@ -89,7 +92,7 @@ def test_merging_leaves_its_parts_as_they_were(parts: list[Stats], tmp_path: Pat
 
 
 def test_two_data_sets_add_up(model: PreTrainedModel) -> None:
-    one, other = (calibrate(model, "model", tiny.token_ids(seed, blocks=4)) for seed in (1, 2))
+    one, other = (calibrate(InMemoryPass(model), "model", tiny.token_ids(seed, blocks=4)) for seed in (1, 2))
     both = merge([one, other])
     assert both.data not in (one.data, other.data)
     assert both.data == merge([other, one]).data
@@ -159,7 +162,7 @@ class TestWhatDoesNotAddUp:
     def test_other_groups_as_calibrated(self, model: PreTrainedModel) -> None:
         ids_BS = tiny.token_ids(1)
         with pytest.raises(InputError, match="groups"):
-            merge([calibrate(model, "model", ids_BS, groups=groups) for groups in (2, 3)])
+            merge([calibrate(InMemoryPass(model), "model", ids_BS, groups=groups) for groups in (2, 3)])
 
     def test_other_statistics(self, parts: list[Stats], tmp_path: Path) -> None:
         for drop in ("gate", "probe_output"):

@@ -11,6 +11,7 @@ from moeprune.progress import progress
 from moeprune.statistics import Stats, merge
 from moeprune.statistics.calibration import BATCH_BLOCKS, GROUPS
 from moeprune.statistics.calibration import calibrate as collect
+from moeprune.statistics.passes import InMemoryPass
 from moeprune.steps import machine
 from moeprune.texts import read_blocks
 
@@ -52,9 +53,9 @@ def calibrate(
         run.dataset(blocks.name, blocks.address, blocks.fingerprint, "calibration", blocks.tokens)
         loaded = checkpoint.load()
         started = time.monotonic()
-        with progress("calibrate") as on_batch:
+        with progress("calibrate") as on_progress:
             stats = collect(
-                loaded,
+                InMemoryPass(loaded),
                 fingerprint,
                 blocks.ids_BS,
                 source=blocks.address,
@@ -62,7 +63,7 @@ def calibrate(
                 batch_blocks=batch_blocks,
                 shard=shard,
                 shards=shards,
-                on_batch=on_batch,
+                on_progress=on_progress,
             )
         stats.save(path)
         seconds = time.monotonic() - started
