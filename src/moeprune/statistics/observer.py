@@ -1,7 +1,8 @@
-"""The one observer: it sees the experts of every family at the door through which transformers calls them.
+"""The one observer: it stands at the door through which transformers calls the experts of every family.
 
-It is registered once in transformers' `ExpertsInterface`. While it is on, each call of a watched experts module still
-computes what it always does, by the implementation that the model had, and then passes by the collectors.
+It is registered once in transformers' `ExpertsInterface`. While it is on, each call of a model's experts comes to us.
+`observe` computes what the experts always do, by the implementation that the model had, and shows the call;
+`intercept` leaves the computing to whoever intercepts.
 
 Axes: T tokens of a batch, S tokens of a block, B blocks, K experts per token, E experts, H hidden size.
 """
@@ -28,15 +29,16 @@ _NAME = "moeprune_observer"
 
 @dataclass(frozen=True)
 class ExpertsCall:
-    """One call of one layer's experts.
+    """One call of one layer's experts, or of a range of them.
 
     Attributes:
         layer: name of the experts module.
-        module: that module.
+        module: that module; where the call shows a range of the experts, one that holds only these.
         x_TH: inputs.
-        index_TK: who runs for each token.
+        index_TK: who runs for each token, counted over all experts of the layer.
         weight_TK: their gate weights, as the model mixes with them.
-        forward: the model's own implementation, to run experts on other inputs.
+        forward: the model's own implementation, to run the module's experts on other inputs.
+        experts: the experts that the module holds. Calls of one layer on one batch together show each expert once.
     """
 
     layer: str
@@ -45,51 +47,67 @@ class ExpertsCall:
     index_TK: torch.Tensor
     weight_TK: torch.Tensor
     forward: ExpertsForward
+    experts: range
 
     def every_expert(self, x_NH: torch.Tensor) -> torch.Tensor:
-        """Run each of the E experts on each of N inputs, unweighted: `[N, E, H]`."""
-        inputs, experts = len(x_NH), expert_count(self.module)
+        """Run each of the module's R experts on each of N inputs, unweighted: `[N, R, H]`."""
+        inputs, experts = len(x_NH), len(self.experts)
         index = torch.arange(experts, device=x_NH.device).repeat(inputs)[:, None].to(self.index_TK.dtype)
         ones = torch.ones(index.shape, dtype=self.weight_TK.dtype, device=x_NH.device)
         return self.forward(self.module, x_NH.repeat_interleave(experts, dim=0), index, ones).view(inputs, experts, -1)
 
 
 Watcher = Callable[[ExpertsCall], None]
+Interceptor = Callable[[ExpertsCall], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class _Watched:
+class _Intercepted:
     layer: str
     forward: ExpertsForward
-    watcher: Watcher
+    interceptor: Interceptor
 
 
-_watched: WeakKeyDictionary[torch.nn.Module, _Watched] = WeakKeyDictionary()
+_intercepted: WeakKeyDictionary[torch.nn.Module, _Intercepted] = WeakKeyDictionary()
 
 
-def _observed_forward(
+def _intercepted_forward(
     module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    watched = _watched[module]
-    out = watched.forward(module, hidden_states, top_k_index, top_k_weights)
-    call = ExpertsCall(watched.layer, module, hidden_states, top_k_index, top_k_weights, watched.forward)
-    watched.watcher(call)
-    return out
+    known = _intercepted[module]
+    everyone = range(expert_count(module))
+    return known.interceptor(
+        ExpertsCall(known.layer, module, hidden_states, top_k_index, top_k_weights, known.forward, everyone)
+    )
 
 
-ALL_EXPERTS_FUNCTIONS.register(_NAME, _observed_forward)
+ALL_EXPERTS_FUNCTIONS.register(_NAME, _intercepted_forward)
 
 
 @contextmanager
 def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
     """Show every call of the model's experts to the watcher, inside the block."""
+
+    def run_and_show(call: ExpertsCall) -> torch.Tensor:
+        out = call.forward(call.module, call.x_TH, call.index_TK, call.weight_TK)
+        watcher(call)
+        return out
+
+    with intercept(model, run_and_show):
+        yield
+
+
+@contextmanager
+def intercept(model: PreTrainedModel, interceptor: Interceptor) -> Iterator[None]:
+    """Have the interceptor answer every call of the model's experts, inside the block."""
     modules = experts_modules(model)
     configs = {name: cast(PretrainedConfig, module.config) for name, module in modules.items()}
     before = {name: config._experts_implementation for name, config in configs.items()}
     for name, module in modules.items():
         # The decorator of the interface wraps the eager implementation, which every family has.
         eager = inspect.unwrap(type(module).forward)
-        _watched[module] = _Watched(name, ALL_EXPERTS_FUNCTIONS.get_interface(before[name], eager), watcher)
+        forward = ALL_EXPERTS_FUNCTIONS.get_interface(before[name], eager)
+        _intercepted[module] = _Intercepted(name, forward, interceptor)
     for config in configs.values():
         config._experts_implementation = _NAME
     try:
@@ -97,4 +115,4 @@ def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
     finally:
         for name, module in modules.items():
             configs[name]._experts_implementation = before[name]
-            del _watched[module]
+            del _intercepted[module]
