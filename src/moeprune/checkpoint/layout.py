@@ -165,7 +165,7 @@ def _layer_layout(
         return LayerLayout(experts, parameters, [], parameters)
     missing = sorted(set(as_stored) - set(files.entries))
     raise InputError(
-        f"{files.directory} does not hold the experts of {name} as its config describes them; "
+        f"{files.address} does not hold the experts of {name} as its config describes them; "
         + (f"missing: {', '.join(missing[:3])}" if missing else "their shapes differ")
     )
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from moeprune.checkpoint import modelling
+from moeprune.checkpoint.byte_sources import ByteSource
 from moeprune.checkpoint.files import CheckpointFiles
 from moeprune.checkpoint.identity import fingerprint
 from moeprune.checkpoint.layout import Layout, find_layout
@@ -26,14 +27,17 @@ class Checkpoint:
         directory: a local directory with `config.json`, safetensors files and, where text is to be read, a tokenizer.
         trust_remote_code: whether modelling code found in the checkpoint may run. The file that moeprune itself puts
             into a non-uniformly pruned checkpoint runs without it, as long as it is, byte for byte, the one we write.
+        weights: where the safetensors files lie, if not in the directory. Such a model can be read and cut, but not
+            loaded.
     """
 
     directory: Path
     trust_remote_code: bool = False
+    weights: ByteSource | None = None
 
     @cached_property
     def files(self) -> CheckpointFiles:
-        return CheckpointFiles(self.directory)
+        return CheckpointFiles(self.weights or self.directory)
 
     @cached_property
     def config(self) -> PretrainedConfig:
