@@ -38,7 +38,8 @@ class ExpertsCall:
         index_TK: who runs for each token, counted over all experts of the layer.
         weight_TK: their gate weights, as the model mixes with them.
         forward: the model's own implementation, to run the module's experts on other inputs.
-        experts: the experts that the module holds. Calls of one layer on one batch together show each expert once.
+        layer_experts: how many routed experts the layer has.
+        experts: those that the module holds. The calls of one layer on one batch together show each expert once.
     """
 
     layer: str
@@ -47,6 +48,7 @@ class ExpertsCall:
     index_TK: torch.Tensor
     weight_TK: torch.Tensor
     forward: ExpertsForward
+    layer_experts: int
     experts: range
 
     def every_expert(self, x_NH: torch.Tensor) -> torch.Tensor:
@@ -75,9 +77,9 @@ def _intercepted_forward(
     module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     known = _intercepted[module]
-    everyone = range(expert_count(module))
+    count = expert_count(module)
     return known.interceptor(
-        ExpertsCall(known.layer, module, hidden_states, top_k_index, top_k_weights, known.forward, everyone)
+        ExpertsCall(known.layer, module, hidden_states, top_k_index, top_k_weights, known.forward, count, range(count))
     )
 
 
