@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -19,7 +21,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
+from moeprune.checkpoint import modelling, prediction_layers, unsupported
 from moeprune.checkpoint.files import CheckpointFiles
+from moeprune.checkpoint.stored_names import StoredExperts, as_stored_here
 from moeprune.errors import InputError
 
 
@@ -29,7 +33,9 @@ class LayerLayout:
 
     Attributes:
         experts: routed experts in this layer.
-        fused: name of a tensor in the checkpoint -> its expert axis. Routers are among them.
+        fused: name of a tensor in the checkpoint -> its expert axis. Routers are among them. Where that axis is longer
+            than there are experts, what follows the last is no routed expert's (but a shared one's, or the choice to
+            skip), and stays.
         separate: for tensors of one expert each, the names of all experts' tensors: `separate[j][i]` is expert i's
             j-th.
         parameters: the model's own names of all of these, by their expert axis.
@@ -82,32 +88,41 @@ def find_layout(config: PretrainedConfig, files: CheckpointFiles | None = None) 
     """Find the experts of a model, and of its checkpoint where `files` are given.
 
     Raises:
-        InputError: not a Mixture-of-Experts, one that transformers does not dispatch through its experts interface,
-            layers with different numbers of experts, or a checkpoint that lacks the expected tensors.
+        InputError: not a Mixture-of-Experts, one of those in `unsupported`, or a checkpoint that lacks the expected
+            tensors.
     """
+    unsupported.refuse_quantisation(config)
+    if uneven := modelling.experts_per_layer(config):
+        raise unsupported.refusal(config, unsupported.UNEVEN.format(counts=_range(uneven.values())))
     model = build_without_weights(config)
     modules = experts_modules(model)
     if not modules:
         raise InputError(
-            f"{_describe(config)} is not a Mixture-of-Experts that moeprune can read: no module of it dispatches "
-            "experts through transformers' ExpertsInterface"
+            f"the model ({config.model_type}) is not a Mixture-of-Experts that moeprune can read: no module of it "
+            "dispatches experts through transformers' ExpertsInterface"
         )
     counts = {expert_count(module) for module in modules.values()}
     if len(counts) > 1:
-        raise InputError(
-            f"{_describe(config)} has layers with different numbers of experts ({sorted(counts)}); prune the original"
-        )
-    experts = counts.pop()
-    config_path, larger = _grow_by_one_expert(config, experts)
-    layers = {name: _layer_layout(model, larger, name, modules, experts, files) for name in modules}
+        raise unsupported.refusal(config, unsupported.UNEVEN.format(counts=_range(counts)))
+    unsupported.refuse_hash_routers(config, list(modules), model.state_dict())
+    config_path, larger = _grow_by_one_expert(config, counts.pop())
+    layers = _layer_layouts(config, model, larger, files)
+    stored_here = files.entries if files else {}
+    of_experts = [name for layer in layers.values() for name in chain(layer.fused, *layer.separate)]
+    left_out = prediction_layers.stored(stored_here, of_experts, config.get_text_config().num_hidden_layers)
     holder = _holder(config, config_path)
-    key = config_path[-1]
-    aliases = {alias for alias, canonical in holder.attribute_map.items() if canonical == key}
-    return Layout(layers, config_path, frozenset({key, *aliases}))
+    return Layout(
+        layers,
+        config_path,
+        frozenset({config_path[-1], *(alias for alias, own in holder.attribute_map.items() if own == config_path[-1])}),
+        left_out,
+        prediction_layers.config_changes(config) if left_out else {},
+    )
 
 
-def _describe(config: PretrainedConfig) -> str:
-    return f"the model ({config.model_type})"
+def _range(counts: Iterable[int]) -> str:
+    counts = set(counts)
+    return f"{min(counts)} to {max(counts)}"
 
 
 def _holder(config: PretrainedConfig, path: tuple[str, ...]) -> PretrainedConfig:
@@ -136,48 +151,43 @@ def _grow_by_one_expert(config: PretrainedConfig, experts: int) -> tuple[tuple[s
             continue
         if {expert_count(module) for module in experts_modules(larger).values()} == {experts + 1}:
             return path, larger
-    raise InputError(f"{_describe(config)}: no number in its config sets how many routed experts there are")
+    raise unsupported.refusal(config, unsupported.UNKNOWN_COUNT)
 
 
-def _layer_layout(
-    model: PreTrainedModel,
-    larger: PreTrainedModel,
-    name: str,
-    modules: dict[str, torch.nn.Module],
-    experts: int,
-    files: CheckpointFiles | None,
-) -> LayerLayout:
+def _layer_layouts(
+    config: PretrainedConfig, model: PreTrainedModel, larger: PreTrainedModel, files: CheckpointFiles | None
+) -> dict[str, LayerLayout]:
+    modules = experts_modules(model)
     state, grown = model.state_dict(), larger.state_dict()
-    parameters = {
-        parameter: axis
-        for parameter, axis in _grown_axes(state, grown, experts).items()
-        if max(modules, key=lambda other: _common_parts(other, parameter)) == name
-        and _common_parts(name, parameter) > 0
-    }
-    as_stored = _stored(model, {p: state[p] for p in parameters})
-    as_stored_grown = _stored(larger, {p: grown[p] for p in parameters})
-    fused = _grown_axes(as_stored, as_stored_grown, experts)
-    separate = [_siblings(extra, experts, as_stored) for extra in as_stored_grown if extra not in as_stored]
-    layout = LayerLayout(experts, fused, separate, parameters)
-    if files is None or _is_stored_so(files, as_stored):
-        return layout
-    if _is_stored_so(files, {p: state[p] for p in parameters}):  # saved under the model's own names
-        return LayerLayout(experts, parameters, [], parameters)
-    missing = sorted(set(as_stored) - set(files.entries))
-    raise InputError(
-        f"{files.address} does not hold the experts of {name} as its config describes them; "
-        + (f"missing: {', '.join(missing[:3])}" if missing else "their shapes differ")
-    )
+    per_layer: dict[str, dict[str, int]] = defaultdict(dict)
+    for parameter, axis in _grown_axes(config, state, grown).items():
+        per_layer[_owner(config, parameter, list(modules))][parameter] = axis
+    model._weight_conversions = get_model_conversion_mapping(model)
+    larger._weight_conversions = get_model_conversion_mapping(larger)
+    layers = {}
+    for name, module in modules.items():
+        parameters, experts = per_layer[name], expert_count(module)
+        own = {parameter: state[parameter] for parameter in parameters}
+        as_published = revert_weight_conversion(model, own)
+        larger_published = revert_weight_conversion(larger, {parameter: grown[parameter] for parameter in parameters})
+        published = StoredExperts(
+            experts,
+            {stored: tuple(tensor.shape) for stored, tensor in as_published.items()},
+            _grown_axes(config, as_published, larger_published),
+            [_siblings(stored, experts, as_published) for stored in larger_published if stored not in as_published],
+        )
+        under_own_names = StoredExperts(experts, {p: tuple(own[p].shape) for p in own}, parameters, [])
+        found = as_stored_here([published, under_own_names], name, files) if files else published
+        layers[name] = LayerLayout(experts, found.fused, found.separate, parameters)
+    return layers
 
 
-def _grown_axes(small: dict[str, torch.Tensor], large: dict[str, torch.Tensor], experts: int) -> dict[str, int]:
-    axes = {}
-    for name in small.keys() & large.keys():
-        pairs = zip(small[name].shape, large[name].shape, strict=True)
-        grown = [axis for axis, (before, after) in enumerate(pairs) if after != before]
-        if grown and small[name].shape[grown[0]] == experts:
-            axes[name] = grown[0]
-    return {name: axes[name] for name in small if name in axes}
+def _owner(config: PretrainedConfig, parameter: str, modules: list[str]) -> str:
+    """The experts module that a parameter belongs to: the one that lies nearest to it."""
+    common = [_common_parts(module, parameter) for module in modules]
+    if len(modules) > 1 and common.count(max(common)) > 1:
+        raise unsupported.refusal(config, unsupported.SHARED_ROUTER.format(tensor=parameter))
+    return modules[common.index(max(common))]
 
 
 def _common_parts(one: str, other: str) -> int:
@@ -190,10 +200,19 @@ def _common_parts(one: str, other: str) -> int:
     return common
 
 
-def _stored(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """These parameters under the names and in the shapes of a checkpoint."""
-    model._weight_conversions = get_model_conversion_mapping(model)
-    return revert_weight_conversion(model, state)
+def _grown_axes(
+    config: PretrainedConfig, small: dict[str, torch.Tensor], large: dict[str, torch.Tensor]
+) -> dict[str, int]:
+    """Tensors of both models that differ in shape -> the axis along which the larger has one more."""
+    axes = {}
+    for name in small:
+        if name not in large or small[name].shape == large[name].shape:
+            continue
+        growth = [after - before for before, after in zip(small[name].shape, large[name].shape, strict=True)]
+        if sorted(growth) != [0] * (len(growth) - 1) + [1]:
+            raise unsupported.refusal(config, unsupported.UNKNOWN_GROWTH.format(tensor=name))
+        axes[name] = growth.index(1)
+    return axes
 
 
 def _siblings(extra: str, experts: int, stored: dict[str, torch.Tensor]) -> list[str]:
@@ -205,9 +224,3 @@ def _siblings(extra: str, experts: int, stored: dict[str, torch.Tensor]) -> list
             if all(name in stored for name in names):
                 return names
     raise InputError(f"the tensor {extra} belongs to one expert, but its siblings are not numbered 0 to {experts - 1}")
-
-
-def _is_stored_so(files: CheckpointFiles, expected: dict[str, torch.Tensor]) -> bool:
-    return all(
-        name in files.entries and files.entries[name].shape == tuple(tensor.shape) for name, tensor in expected.items()
-    )

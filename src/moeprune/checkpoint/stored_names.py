@@ -1,0 +1,68 @@
+"""From the tensors of the experts that a family publishes to those that one checkpoint holds.
+
+A checkpoint may have been saved under the model's own names, and one whose weights are quantised holds more tensors
+than the model has, or others in their place: `up_proj.weight_scale_inv` beside an expert's `up_proj.weight`,
+`gate_up_proj_blocks` and `gate_up_proj_scales` instead of `gate_up_proj`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moeprune.checkpoint.files import CheckpointFiles
+from moeprune.errors import InputError
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """The stored tensors of one layer's experts: their shapes, and `fused` and `separate` as in `LayerLayout`."""
+
+    experts: int
+    shapes: dict[str, tuple[int, ...]]
+    fused: dict[str, int]
+    separate: list[list[str]]
+
+
+def as_stored_here(ways: list[StoredExperts], layer: str, files: CheckpointFiles) -> StoredExperts:
+    """The first of several ways to store a layer that this checkpoint follows, with what else it holds of the experts.
+
+    Raises:
+        InputError: it follows none of them.
+    """
+    for way in ways:
+        complete = _with_companions(way, files)
+        if all(name in files.entries and files.entries[name].shape == shape for name, shape in complete.shapes.items()):
+            return complete
+    missing = sorted(set(ways[0].shapes) - set(files.entries))
+    raise InputError(
+        f"{files.address} does not hold the experts of {layer} as its config describes them; "
+        + (f"missing: {', '.join(missing[:3])}" if missing else "their shapes differ")
+    )
+
+
+def _with_companions(way: StoredExperts, files: CheckpointFiles) -> StoredExperts:
+    """Add what lies beside each tensor under its name and a suffix, and drop those that only such tensors stand for."""
+    shapes, fused, separate = dict(way.shapes), dict(way.fused), [list(names) for names in way.separate]
+    for name, axis in way.fused.items():
+        companions = {
+            suffix: files.entries[name + suffix].shape
+            for suffix in _suffixes(name, files)
+            if name + suffix not in way.shapes and files.entries[name + suffix].shape[: axis + 1][-1:] == (way.experts,)
+        }
+        shapes |= {name + suffix: shape for suffix, shape in companions.items()}
+        fused |= dict.fromkeys([name + suffix for suffix in companions], axis)
+        if companions and name not in files.entries:
+            del shapes[name], fused[name]
+    for names in way.separate:
+        for suffix in _suffixes(names[0], files):
+            separate.append([name + suffix for name in names])
+            shapes |= {name + suffix: files.entries[names[0] + suffix].shape for name in names}
+    return StoredExperts(way.experts, shapes, fused, separate)
+
+
+def _suffixes(name: str, files: CheckpointFiles) -> Iterator[str]:
+    """What other stored names append to this one: `_scale_inv`, `_blocks`."""
+    for other in files.entries:
+        if other.startswith(name + "_"):
+            yield other.removeprefix(name)

@@ -1,0 +1,58 @@
+"""What cannot be pruned, and why: the one list. Whatever is not here is expected to work."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig
+
+from moeprune.errors import InputError
+
+# How weights may be quantised: transformers can undo these on any device, which calibration needs, and each expert's
+# numbers lie apart from the others'.
+READABLE_QUANTISATIONS = frozenset({"fp8", "mxfp4"})
+
+HASH_ROUTER = (
+    "its layer {layer} chooses experts by a fixed table from token to expert ({table}), not by a router; "
+    "a token whose expert went would have nowhere to go"
+)
+UNREADABLE_QUANTISATION = (
+    "its weights are quantised as {method}, which transformers cannot undo on every device; "
+    "prune the unquantised original and quantise the result (readable are: {readable})"
+)
+UNEVEN = (
+    "its layers have {counts} experts, which only its own modelling file knows; "
+    "calibrate and prune the original that it was made from"
+)
+SHARED_ROUTER = "{tensor} belongs to the experts of several layers at once"
+UNKNOWN_COUNT = "no number in its config sets how many routed experts there are"
+UNKNOWN_GROWTH = "the shape of {tensor} depends on the number of experts in a way that moeprune does not know"
+
+
+def refusal(config: PretrainedConfig, reason: str) -> InputError:
+    """The error that tells a user why this model cannot be pruned."""
+    return InputError(f"the model ({config.model_type}) cannot be pruned: {reason}")
+
+
+def refuse_quantisation(config: PretrainedConfig) -> None:
+    """Raise InputError where the weights are quantised in a way that cannot be undone everywhere."""
+    method = quantisation(config)
+    if method and method not in READABLE_QUANTISATIONS:
+        readable = ", ".join(sorted(READABLE_QUANTISATIONS))
+        raise refusal(config, UNREADABLE_QUANTISATION.format(method=method, readable=readable))
+
+
+def quantisation(config: PretrainedConfig) -> str | None:
+    """The method by which the stored weights are quantised, as the config names it; None where they are not."""
+    stated = getattr(config, "quantization_config", None)
+    if stated is None:
+        return None
+    return str(stated["quant_method"] if isinstance(stated, dict) else stated.quant_method.value)
+
+
+def refuse_hash_routers(config: PretrainedConfig, modules: list[str], state: dict[str, torch.Tensor]) -> None:
+    """Raise InputError where a table of whole numbers stands beside a layer's experts."""
+    for module in modules:
+        block = module.rpartition(".")[0] + "."
+        for name, tensor in state.items():
+            if name.startswith(block) and not tensor.is_floating_point() and tensor.dim() > 1:
+                raise refusal(config, HASH_ROUTER.format(layer=module, table=name))
