@@ -1,52 +1,136 @@
-"""What is taken down at each call of the experts. A collector is a few lines; a method names the statistics that it
-needs.
+"""What is taken down at each call of the experts. A collector is a few lines, registered by the statistic it makes; a
+method names the statistics that it needs.
 
-Axes as in `observer`; G is the number of groups that blocks fall into by their content.
+Axes: B sequences, S tokens of a sequence with its padding, T = B * S, K experts per token, E experts of the layer, R
+experts that the call shows (all, or a range of them), H hidden size, G groups that sequences fall into.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from moeprune.statistics.exact import ExactSum
+from moeprune.errors import InputError
 from moeprune.statistics.observer import ExpertsCall
-from moeprune.statistics.stats import LayerStats
+
+Index = tuple[int | slice, ...]
 
 
-class Collector(Protocol):
-    """Adds what one call shows to a layer's statistics."""
+@dataclass(frozen=True)
+class Seen:
+    """A call of a layer's experts, and what calibration knows of the sequences in it.
 
-    def collect(self, call: ExpertsCall, into: LayerStats, group_B: torch.Tensor) -> None:
-        """`group_B` is the group of each block; the call's tokens are those of the blocks, one block after another."""
-
-
-class Usage:
-    """`routed_tokens` [E]: tokens that each expert receives; `gate` [E]: the sum of its gate weights over them."""
-
-    def collect(self, call: ExpertsCall, into: LayerStats, group_B: torch.Tensor) -> None:
-        index = call.index_TK.reshape(-1).to(torch.int64)
-        routed = torch.bincount(index, minlength=into.experts)
-        into.counts["routed_tokens"] = into.counts.get("routed_tokens", 0) + routed.cpu()
-        gate = torch.zeros(into.experts, dtype=torch.float64, device=index.device)
-        gate.index_add_(0, index, call.weight_TK.reshape(-1).to(torch.float64))
-        into.sums.setdefault("gate", ExactSum.zeros(into.experts)).add_(gate.cpu())
-
-
-class Probes:
-    """`probe_output` [G, E, H]: each expert's outputs on the mean-pooled inputs of the blocks, summed per group.
-
-    A block's tokens are averaged into one input, which all experts of the layer get, routed to or not (C-Prune,
-    section 3).
+    Attributes:
+        call: its tokens are those of the sequences, one sequence after another, padding included.
+        mask_BS: bool; False is padding, which must not count.
+        group_B: the group of each sequence.
+        groups: how many groups there are.
     """
 
-    def __init__(self, groups: int) -> None:
-        self.groups = groups
+    call: ExpertsCall
+    mask_BS: torch.Tensor
+    group_B: torch.Tensor
+    groups: int
 
-    def collect(self, call: ExpertsCall, into: LayerStats, group_B: torch.Tensor) -> None:
-        pooled_BH = call.x_TH.view(len(group_B), -1, call.x_TH.shape[-1]).mean(dim=1)
-        output_BEH = call.every_expert(pooled_BH).to(torch.float64)
-        total = into.sums.setdefault("probe_output", ExactSum.zeros(self.groups, *output_BEH.shape[1:]))
-        for group, output_EH in zip(group_B.tolist(), output_BEH.cpu(), strict=True):
-            ExactSum(total.limbs[:, group]).add_(output_EH)  # a view: adds to the total in place
+    @property
+    def shown(self) -> slice:
+        """The experts that the call shows, as a slice of all."""
+        return slice(self.call.experts.start, self.call.experts.stop)
+
+    @cached_property
+    def padded(self) -> bool:
+        return not bool(self.mask_BS.all())
+
+    @cached_property
+    def _mask(self) -> torch.Tensor:
+        """`[T, 1]`, where the tokens are."""
+        return self.mask_BS.to(self.call.x_TH.device).view(-1, 1)
+
+    def by_expert(self, value_TK: torch.Tensor) -> torch.Tensor:
+        """`[T, R]`: a value per chosen expert, laid out by experts; 0 where an expert was not chosen, or for padding.
+
+        Nothing is added to a place twice, so that the result is the same on any device.
+        """
+        if self.padded:
+            value_TK = value_TK * self._mask
+        # What some families choose beyond the experts, to run nothing, lands in one more column.
+        index_TK = self.call.index_TK.to(torch.int64).clamp(max=self.call.layer_experts)
+        value_TE = torch.zeros(len(value_TK), self.call.layer_experts + 1, dtype=value_TK.dtype, device=value_TK.device)
+        return value_TE.scatter_add_(1, index_TK, value_TK)[:, self.shown]
+
+    def mean_inputs(self) -> torch.Tensor:
+        """`[B, H]`: the mean of each sequence's inputs, over its tokens."""
+        x_BSH = self.call.x_TH.view(*self.mask_BS.shape, -1)
+        tokens: int | torch.Tensor = x_BSH.shape[1]
+        if self.padded:
+            mask_BS1 = self._mask.view(*self.mask_BS.shape, 1)
+            x_BSH, tokens = x_BSH.where(mask_BS1, 0), mask_BS1.sum(1)
+        return (x_BSH.sum(1, dtype=torch.float32) / tokens).to(x_BSH.dtype)
+
+
+@dataclass(frozen=True)
+class Collector:
+    """How a statistic is made.
+
+    Attributes:
+        shape: of the statistic, from what the first call shows.
+        part: the part of it that a call adds to.
+        values: what the call adds there. They must not depend on the order in which threads add.
+        counts: whether it holds whole numbers.
+    """
+
+    shape: Callable[[Seen], tuple[int, ...]]
+    part: Callable[[Seen], Index]
+    values: Callable[[Seen], torch.Tensor]
+    counts: bool = False
+
+
+def _routed_tokens(seen: Seen) -> torch.Tensor:
+    return seen.by_expert(torch.ones_like(seen.call.index_TK, dtype=torch.int32)).sum(0, dtype=torch.int64)
+
+
+def _gate(seen: Seen) -> torch.Tensor:
+    return seen.by_expert(seen.call.weight_TK.float()).sum(0, dtype=torch.float64)
+
+
+def _probe_output(seen: Seen) -> torch.Tensor:
+    output_BRH = seen.call.every_expert(seen.mean_inputs())
+    sum_GRH = torch.zeros(seen.groups, *output_BRH.shape[1:], dtype=torch.float64, device=output_BRH.device)
+    groups = seen.group_B.tolist()
+    for group in set(groups):
+        sum_GRH[group] = output_BRH[[group == other for other in groups]].sum(0, dtype=torch.float64)
+    return sum_GRH
+
+
+def _per_expert(seen: Seen) -> tuple[int, ...]:
+    return (seen.call.layer_experts,)
+
+
+def _shown(seen: Seen) -> Index:
+    return (seen.shown,)
+
+
+COLLECTORS = {
+    # Tokens that each expert receives.
+    "routed_tokens": Collector(_per_expert, _shown, _routed_tokens, counts=True),
+    # The sum of its gate weights over them.
+    "gate": Collector(_per_expert, _shown, _gate),
+    # Each expert's outputs on the mean inputs of the sequences, routed to it or not, summed per group (C-Prune,
+    # section 3).
+    "probe_output": Collector(
+        lambda seen: (seen.groups, seen.call.layer_experts, seen.call.x_TH.shape[-1]),
+        lambda seen: (slice(None), seen.shown),
+        _probe_output,
+    ),
+}
+
+
+def find(statistics: Iterable[str]) -> dict[str, Collector]:
+    """The collectors of statistics, each once. Raises InputError for one that nobody collects."""
+    wanted = sorted(set(statistics))
+    if unknown := [name for name in wanted if name not in COLLECTORS]:
+        raise InputError(f"unknown statistics: {', '.join(unknown)}; known: {', '.join(sorted(COLLECTORS))}")
+    return {name: COLLECTORS[name] for name in wanted}

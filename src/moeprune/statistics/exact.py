@@ -19,6 +19,7 @@ _LOW_UNIT = 2.0**-60
 _LOW_BITS = 48
 _LARGEST = 2.0**50  # of any sum; above it the high limb could overflow
 _LARGEST_HIGH = 1 << 62  # the same in units of the high limb
+_LARGEST_LOW = 2.0  # of a value that fits into 2^61 of the low limb's units
 
 
 class ExactSum:
@@ -40,6 +41,10 @@ class ExactSum:
     def shape(self) -> torch.Size:
         return self.limbs.shape[1:]
 
+    def __getitem__(self, index: tuple[int | slice, ...]) -> ExactSum:
+        """A part, which shares its memory with the whole."""
+        return ExactSum(self.limbs[(slice(None), *index)])
+
     def add_(self, values: torch.Tensor) -> ExactSum:
         """Add a tensor of the same shape, in place.
 
@@ -47,23 +52,28 @@ class ExactSum:
             OverflowError: a value is not finite, or the sum leaves the range of +-2^50.
         """
         values = values.to(torch.float64)
-        if not (values.abs() <= _LARGEST).all():  # NaN is not either
+        largest = float(values.abs().max()) if values.numel() else 0.0
+        if not largest <= _LARGEST:  # NaN is not either
             raise OverflowError("a value to be added is not finite, or not within +-2^50")
+        if largest <= _LARGEST_LOW:  # nearly always; the same limbs as below, in fewer steps
+            return self._add_limbs(None, (values / _LOW_UNIT).round_().to(torch.int64))
         high = torch.round(values / _HIGH_UNIT)
         low = torch.round((values - high * _HIGH_UNIT) / _LOW_UNIT)
-        return self._add_limbs(torch.stack([high, low]).to(torch.int64))
+        return self._add_limbs(high.to(torch.int64), low.to(torch.int64))
 
     def merge_(self, other: ExactSum) -> ExactSum:
         """Add another sum of the same shape, in place."""
-        return self._add_limbs(other.limbs)
+        return self._add_limbs(other.limbs[0], other.limbs[1])
 
-    def _add_limbs(self, limbs: torch.Tensor) -> ExactSum:
-        self.limbs += limbs
-        carry = (self.limbs[1] + (1 << (_LOW_BITS - 1))) >> _LOW_BITS
-        self.limbs[0] += carry
-        self.limbs[1] -= carry << _LOW_BITS
+    def _add_limbs(self, high: torch.Tensor | None, low: torch.Tensor) -> ExactSum:
+        """Add limbs, of which the low one can be up to 2^62."""
+        total_high, total_low = self.limbs[0], self.limbs[1]
+        total_low += low
+        carry = (total_low + (1 << (_LOW_BITS - 1))) >> _LOW_BITS
+        total_low -= carry << _LOW_BITS
+        total_high += carry if high is None else carry + high
         # Two sums within the range cannot wrap round unnoticed: 2^62 + 2^62 is the smallest integer, which is below.
-        if ((self.limbs[0] > _LARGEST_HIGH) | (self.limbs[0] < -_LARGEST_HIGH)).any():
+        if total_high.numel() and max(map(abs, map(int, torch.aminmax(total_high)))) > _LARGEST_HIGH:
             raise OverflowError("a sum left the range of +-2^50")
         return self
 

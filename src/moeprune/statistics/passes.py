@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moeprune.checkpoint.layout import experts_modules
+from moeprune.fitting import Fitting
 from moeprune.statistics.observer import ExpertsCall, observe
 
 
@@ -53,7 +54,7 @@ class ForwardPass(Protocol):
     def layers(self) -> list[str]: ...
 
     def __call__(self, batches: Sequence[Batch], watch: Watch, on_progress: Callable[[int, int], None]) -> None:
-        """Show each row of each batch to `watch` once for each layer that it goes through, in whatever order.
+        """Show each row of each batch to `watch` once for each expert of each layer, in whatever order.
 
         Args:
             batches: what is run.
@@ -71,13 +72,26 @@ class InMemoryPass:
 
     @torch.inference_mode()
     def __call__(self, batches: Sequence[Batch], watch: Watch, on_progress: Callable[[int, int], None]) -> None:
+        """Raises InputError where memory does not suffice for a single sequence."""
+        fitting = Fitting("calibrating on")
         for number, batch in enumerate(batches):
-            with observe(self._model, partial(watch, number, slice(0, len(batch)))):
-                self._run(batch)
+            fitting.run(len(batch), partial(self._run, batch, partial(watch, number), set()))
             on_progress(number + 1, len(batches))
 
-    def _run(self, batch: Batch) -> None:
-        device = self._model.device
-        mask = None if batch.mask_BS.all() else batch.mask_BS.to(device)
-        # The logits of all tokens are the largest tensor of a pass, and nobody looks at them.
-        self._model.base_model(input_ids=batch.ids_BS.to(device), attention_mask=mask, use_cache=False)
+    def _run(
+        self, batch: Batch, watch: Callable[[slice, ExpertsCall], None], shown: set[tuple[str, int]], rows: slice
+    ) -> None:
+        """`shown` are the layers and rows that `watch` has seen of this batch, before memory ran out further up."""
+        before = frozenset(shown)
+
+        def show_once(call: ExpertsCall) -> None:
+            # Rows that are run again lie within a slice that was shown to a layer as a whole, or not at all.
+            if (call.layer, rows.start) not in before:
+                watch(rows, call)
+                shown.update((call.layer, row) for row in range(rows.start, rows.stop))
+
+        part, device = batch.rows(rows), self._model.device
+        mask_BS = None if part.mask_BS.all() else part.mask_BS.to(device)
+        with observe(self._model, show_once):
+            # The logits of all tokens are the largest tensor of a pass, and nobody looks at them.
+            self._model.base_model(input_ids=part.ids_BS.to(device), attention_mask=mask_BS, use_cache=False)

@@ -9,7 +9,7 @@ from moeprune.atomic import refuse_directory
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.progress import progress
 from moeprune.statistics import Stats, merge
-from moeprune.statistics.calibration import BATCH_BLOCKS, GROUPS
+from moeprune.statistics.calibration import GROUPS
 from moeprune.statistics.calibration import calibrate as collect
 from moeprune.statistics.passes import InMemoryPass
 from moeprune.steps import machine
@@ -24,7 +24,7 @@ def calibrate(
     text_field: str = "text",
     block_tokens: int = 256,
     max_blocks: int = 128,
-    batch_blocks: int = BATCH_BLOCKS,
+    batch_blocks: int | None = None,
     groups: int = GROUPS,
     shard: int = 0,
     shards: int = 1,
