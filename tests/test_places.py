@@ -16,7 +16,7 @@ import pytest
 import tiny
 from masking import plain_logits
 
-from moeprune import places
+from moeprune import places, s3
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.errors import InputError, ServiceError
 from moeprune.places import is_remote, local_file, local_model, output
@@ -106,7 +106,7 @@ class TestS3:
         self, connected: Services, unique: str, qwen: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         sent: list[str] = []
-        real = places._s3
+        real = s3.client
 
         def recording() -> Any:
             client = real()
@@ -119,7 +119,7 @@ class TestS3:
             client.upload_file = note_and_upload
             return client
 
-        monkeypatch.setattr(places, "_s3", recording)
+        monkeypatch.setattr(s3, "client", recording)
         with output(f"s3://{BUCKET}/{unique}") as path:
             path.symlink_to(qwen)
         assert sent[-1] == "config.json"
@@ -142,7 +142,7 @@ class TestS3:
     ) -> None:
         for number in range(5):
             client.put_object(Bucket=BUCKET, Key=f"{unique}/{number}", Body=b"x")
-        real = places._s3
+        real = s3.client
 
         def short_pages() -> Any:
             client = real()
@@ -158,7 +158,7 @@ class TestS3:
             client.get_paginator = Short
             return client
 
-        monkeypatch.setattr(places, "_s3", short_pages)
+        monkeypatch.setattr(s3, "client", short_pages)
         with local_model(f"s3://{BUCKET}/{unique}") as directory:
             assert len(contents(directory)) == 5
 

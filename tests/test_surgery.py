@@ -364,21 +364,6 @@ class TestRefusals:
                 Checkpoint(copy).load()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, InputError("the disk is full")])
-def test_nothing_is_left_where_it_is_interrupted(qwen: Path, tmp_path: Path, error: BaseException) -> None:
-    source = Checkpoint(qwen)
-    plan = tiny.plan_for(list(source.layout.layers), [[0, 1]] * 3, source.fingerprint)
-
-    def interrupt(done: int, total: int) -> None:
-        assert list(tmp_path.iterdir()), "nothing was being written; the test shows nothing"
-        if done > total // 2:
-            raise error
-
-    with pytest.raises((KeyboardInterrupt, InputError)):
-        apply(source, plan, tmp_path / "out", shard_bytes=1000, on_tensor=interrupt)
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_config_that_transformers_reads_is_right(cases: dict[tuple[str, str], Case]) -> None:
     for family in tiny.FAMILIES:
         config = AutoConfig.from_pretrained(cases[family, "six-each"].pruned)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moeprune.errors import InputError
@@ -49,6 +51,104 @@ def build_beside(path: Path) -> Iterator[Path]:
         beside.replace(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+PART = ".part"
+_LOCK_NAME = "lock"
+_CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+@contextmanager
+def continue_beside(path: Path, job: str) -> Iterator[Path]:
+    """The same for a directory that takes long to make, so that an interruption must not cost what is done.
+
+    Yields the directory to fill. Files whose names end in `.part` are unfinished; all others are kept when the block
+    raises or the process is killed, and are there when the same job is begun again. Another job for the same path
+    starts from nothing. Of two processes at the same path, the second is refused.
+
+    Args:
+        job: a name for what is made, of letters and digits: a digest of everything that it is made from.
+
+    Raises:
+        InputError: as `build_beside`, or another process is at it.
+    """
+    refuse_to_overwrite(path)
+    _make_parent(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with _locked(unfinished, path):
+        refuse_to_overwrite(path)  # the one that had the lock before may have finished it
+        beside = unfinished / job
+        for stale in unfinished.iterdir():
+            if stale.name not in {job, _LOCK_NAME}:
+                shutil.rmtree(stale)
+        beside.mkdir(exist_ok=True)
+        _remove_parts(beside)
+        try:
+            yield beside
+            for file in beside.rglob("*"):
+                if file.is_file():
+                    _make_readable(file)
+            beside.replace(path)
+        finally:
+            if beside.is_dir():
+                _remove_parts(beside)
+                with suppress(OSError):  # what is finished stays
+                    beside.rmdir()
+
+
+def _remove_parts(directory: Path) -> None:
+    for part in directory.glob(f"*{PART}"):
+        part.unlink()
+
+
+@contextmanager
+def _locked(directory: Path, path: Path) -> Iterator[None]:
+    """Make a directory, if need be, and hold the lock that lies in it; afterwards remove it, unless more lies there."""
+    lock = directory / _LOCK_NAME
+    descriptor = _take_lock(directory, lock, path)
+    try:
+        yield
+    finally:
+        if [file.name for file in directory.iterdir()] == [_LOCK_NAME]:
+            lock.unlink()
+            with suppress(OSError):  # somebody waits in it for the lock
+                directory.rmdir()
+        os.close(descriptor)
+
+
+def _take_lock(directory: Path, lock: Path, path: Path) -> int:
+    """The lock's open descriptor. Raises InputError where another process has it."""
+    while True:
+        directory.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+        except FileNotFoundError:  # removed meanwhile by one who was done
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and os.path.samestat(lock.stat(), os.fstat(descriptor)):
+                return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise InputError(
+                f"another process is writing {path}; wait until it is done, or choose another place"
+            ) from error
+        except OSError as error:
+            if error.errno in _CANNOT_LOCK:  # a file system without locks, where it is the user who takes care
+                return descriptor
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the lock of a directory that is no more
+
+
+def refuse_without_room(directory: Path, needed_bytes: int) -> None:
+    """Raise InputError where a file system lacks the room for what is to be written."""
+    free = shutil.disk_usage(directory).free
+    if free < needed_bytes:
+        raise InputError(
+            f"{directory} has {free / 1e9:.1f} GB of free space, and {needed_bytes / 1e9:.1f} GB are needed; make room "
+            "or choose another place"
+        )
 
 
 def refuse_directory(path: Path) -> None:

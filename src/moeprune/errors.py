@@ -11,3 +11,8 @@ class InputError(MoepruneError):
 
 class ServiceError(MoepruneError):
     """A service that was asked for (MLflow, S3, the Hugging Face hub) cannot be reached or refuses."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error of another library says, to be part of a sentence of ours."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -7,15 +7,17 @@ address.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+from moeprune import s3
 from moeprune.atomic import refuse_unwritable
-from moeprune.errors import InputError, ServiceError
+from moeprune.checkpoint.byte_sources import ByteSource
+from moeprune.checkpoint.targets import LocalTarget, Target
+from moeprune.errors import InputError, ServiceError, in_one_line
+from moeprune.s3_checkpoints import S3Directory, S3Target
 
 REFERENCE_MODEL = "builtin://reference"
 _BUILTIN_MODEL = Path(__file__).parent / "builtin" / "model"
@@ -39,7 +41,7 @@ def local_model(address: str) -> Iterator[Path]:
         yield _BUILTIN_MODEL
     elif is_remote(address):
         with tempfile.TemporaryDirectory(prefix="moeprune-") as scratch:
-            yield _download(address, Path(scratch) / PurePosixPath(address).name)
+            yield s3.download(address, Path(scratch) / PurePosixPath(address).name)
     elif Path(address).is_dir():
         yield Path(address)
     elif Path(address).exists() or address.startswith((".", "/", "~")) or address.count("/") != 1:
@@ -51,11 +53,27 @@ def local_model(address: str) -> Iterator[Path]:
 
 
 @contextmanager
+def streamed_model(address: str) -> Iterator[tuple[Path, ByteSource | None]]:
+    """A local directory with all files of a model but its weights, and where those are, None for there as well.
+
+    Weights on S3 stay there, to be read by ranges. Raises as `local_model` does.
+    """
+    if is_remote(address):
+        with tempfile.TemporaryDirectory(prefix="moeprune-") as scratch:
+            weights = S3Directory(address)
+            weights.download_other_files(Path(scratch))
+            yield Path(scratch), weights
+    else:
+        with local_model(address) as directory:
+            yield directory, None
+
+
+@contextmanager
 def local_file(address: str) -> Iterator[Path]:
     """One file, brought here if it lies on S3. Raises as `local_model` does."""
     if is_remote(address):
         with tempfile.TemporaryDirectory(prefix="moeprune-") as scratch:
-            yield _download(address, Path(scratch) / PurePosixPath(address).name)
+            yield s3.download(address, Path(scratch) / PurePosixPath(address).name)
     elif Path(address).is_file():
         yield Path(address)
     else:
@@ -71,11 +89,16 @@ def version(address: str) -> str:
         ServiceError: S3 refuses, or cannot be reached.
     """
     if is_remote(address):
-        return f"{address} {[(item['Key'], item['ETag']) for item in _objects(address)]}"
+        return f"{address} {[(item['Key'], item['ETag']) for item in s3.objects(address)]}"
     path = _BUILTIN_MODEL if address == REFERENCE_MODEL else Path(address)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     sizes = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     return f"{address} {sizes}"
+
+
+def checkpoint_target(address: str) -> Target:
+    """A place for a checkpoint that is written shard by shard, and can be continued after an interruption."""
+    return S3Target(address) if is_remote(address) else LocalTarget(Path(address))
 
 
 @contextmanager
@@ -91,112 +114,11 @@ def output(address: str) -> Iterator[Path]:
         refuse_unwritable(Path(address))
         yield Path(address)
         return
-    _check_output(address)
+    s3.refuse_if_taken(address)
     with tempfile.TemporaryDirectory(prefix="moeprune-") as scratch:
         path = Path(scratch) / PurePosixPath(address).name
         yield path
-        _upload(path, address)
-
-
-def _s3() -> Any:
-    try:
-        import boto3
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
-    except ImportError as error:
-        raise InputError("s3:// addresses need boto3: pip install 'moeprune[s3]'") from error
-    how = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL for a server of your own)"
-    try:
-        session = boto3.Session()
-        if session.get_credentials() is None:
-            raise ServiceError(f"no S3 credentials: {how}")
-        # An unreachable endpoint is told in seconds, not after boto's default of minutes.
-        return session.client(
-            "s3",
-            region_name=session.region_name or os.environ.get("AWS_REGION", "us-east-1"),
-            config=Config(connect_timeout=5, retries={"total_max_attempts": 3, "mode": "standard"}),
-        )
-    except (BotoCoreError, ValueError) as error:
-        raise ServiceError(f"S3 cannot be used: {_in_one_line(error)}; {how}") from error
-
-
-@contextmanager
-def _speaking_plainly(address: str) -> Iterator[None]:
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        if code in {"404", "NoSuchKey", "NoSuchBucket"}:
-            raise InputError(f"there is nothing at {address} ({code})") from error
-        raise ServiceError(f"S3 refuses {address}: {_in_one_line(error)}") from error
-    except (BotoCoreError, Boto3Error) as error:
-        raise ServiceError(f"S3 cannot be used for {address}: {_in_one_line(error)}") from error
-
-
-def _in_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _bucket_and_key(address: str) -> tuple[str, str]:
-    bucket, _, key = address.removeprefix("s3://").partition("/")
-    key = key.strip("/")
-    if not bucket or not key:
-        raise InputError(f"{address} is not of the form s3://bucket/key")
-    return bucket, key
-
-
-def _check_output(address: str) -> None:
-    bucket, key = _bucket_and_key(address)
-    client = _s3()
-    with _speaking_plainly(address):
-        client.head_bucket(Bucket=bucket)
-        # Shards of another model that stayed between the new ones would be read with them.
-        below = client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/", MaxKeys=2).get("Contents", [])
-        if any(not item["Key"].endswith("/") for item in below):
-            raise InputError(f"{address} exists already and is not empty; choose another place or remove it first")
-
-
-def _download(address: str, target: Path) -> Path:
-    """Bring one object, or everything below a prefix, to `target`."""
-    bucket, key = _bucket_and_key(address)
-    client = _s3()
-    found = [item["Key"] for item in _objects(address)]
-    with _speaking_plainly(address):
-        for name in found:
-            relative = name.removeprefix(key).lstrip("/")
-            path = target / relative if relative else target
-            path.parent.mkdir(parents=True, exist_ok=True)
-            client.download_file(bucket, name, str(path))
-    return target
-
-
-def _objects(address: str) -> list[dict[str, Any]]:
-    """The object at an address, or those below it. Raises InputError where there is none."""
-    bucket, key = _bucket_and_key(address)
-    with _speaking_plainly(address):
-        pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-        present = [item for page in pages for item in page.get("Contents", [])]
-        files = [item for item in present if not item["Key"].endswith("/")]  # consoles mark folders by such objects
-        wanted = [item for item in files if item["Key"] == key or item["Key"].startswith(key + "/")]
-        if not wanted:
-            raise InputError(f"there is nothing at {address}")
-        return wanted
-
-
-def _upload(path: Path, address: str) -> None:
-    bucket, key = _bucket_and_key(address)
-    client = _s3()
-    with _speaking_plainly(address):
-        if path.is_file():
-            client.upload_file(str(path), bucket, key)
-            return
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        # The config goes last: what looks for it never finds a checkpoint whose weights are still on their way.
-        for file in sorted(files, key=lambda file: file.name == "config.json"):
-            client.upload_file(str(file), bucket, f"{key}/{file.relative_to(path).as_posix()}")
+        s3.upload(path, address)
 
 
 def _hub_snapshot(repository: str) -> Path:
@@ -212,5 +134,5 @@ def _hub_snapshot(repository: str) -> Path:
     except Exception as error:  # what the hub's client raises depends on what it is built on
         raise ServiceError(
             f"{repository} is no local directory, and the Hugging Face hub cannot be reached for it: "
-            f"{_in_one_line(error)[:300]}"
+            f"{in_one_line(error)[:300]}"
         ) from error

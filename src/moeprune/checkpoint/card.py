@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping
 
 from moeprune.plan import Plan
 
 
-def write_card(directory: Path, plan: Plan) -> None:
-    """Write `README.md` beside the weights."""
+def card(plan: Plan, left_out: Mapping[str, str]) -> str:
+    """The text of `README.md`.
+
+    Args:
+        left_out: tensors of the original that are not carried over, and why.
+    """
     counts = sorted(set(plan.experts_per_layer.values()))
     kept = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     of = max(layer.experts for layer in plan.layers.values())
@@ -19,8 +24,11 @@ def write_card(directory: Path, plan: Plan) -> None:
         "`trust_remote_code=True`."
     )
     options = "".join(f"\n- {name}: {value}" for name, value in sorted(plan.options.items()))
-    (directory / "README.md").write_text(
-        f"""---
+    without = "".join(
+        f"\n- left out: {count} tensors of the original ({reason})"
+        for reason, count in sorted(Counter(left_out.values()).items())
+    )
+    return f"""---
 library_name: transformers
 tags: [mixture-of-experts, pruned, moeprune]
 ---
@@ -30,8 +38,7 @@ moeprune removed {plan.removed:.1%} of the routed experts with the method `{plan
 {of}. {how}
 
 - original: fingerprint `{plan.model}`
-- calibration data: fingerprint `{plan.data}`{options}
+- calibration data: fingerprint `{plan.data}`{options}{without}
 
 `pruning_plan.json` holds the whole decision.
 """
-    )

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from moeprune.checkpoint import safetensors_header
 from moeprune.checkpoint.byte_sources import ByteSource, LocalDirectory
@@ -21,9 +19,7 @@ from moeprune.errors import InputError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-SHARD_BYTES = 1 << 30
 _BLOCK_BYTES = 16 << 20
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
 _TORCH_DTYPES: dict[str, torch.dtype | None] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -174,7 +170,7 @@ class CheckpointFiles:
         part_shape = (*shape[:axis], stop - start, *shape[axis + 1 :])
         if rows == 1:
             return self._values(name, start * item_length, stop * item_length).reshape(part_shape)
-        part = torch.empty((rows, (stop - start) * item_length), dtype=self._dtype(name))
+        part = torch.empty((rows, (stop - start) * item_length), dtype=self.dtype(name))
         rows_at_once = max(1, _BLOCK_BYTES // max(1, row_length * part.itemsize))
         for row in range(0, rows, rows_at_once):
             after = min(rows, row + rows_at_once)
@@ -188,7 +184,7 @@ class CheckpointFiles:
 
     def _values(self, name: str, first: int, last: int) -> torch.Tensor:
         """The values from the `first` to before the `last`, as they lie in the file."""
-        entry, dtype = self.entries[name], self._dtype(name)
+        entry, dtype = self.entries[name], self.dtype(name)
         raw = torch.empty((last - first) * dtype.itemsize, dtype=torch.uint8)
         try:
             self.source.read_into(entry.file, entry.start + first * dtype.itemsize, raw.numpy().data)
@@ -196,7 +192,8 @@ class CheckpointFiles:
             raise InputError(f"the shard {self.address}/{entry.file} is missing or damaged: {error}") from error
         return raw.view(dtype)
 
-    def _dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype in memory. Raises InputError where torch has none for it."""
         dtype = _TORCH_DTYPES.get(self.entries[name].dtype)
         if dtype is None:
             raise InputError(
@@ -211,48 +208,3 @@ class CheckpointFiles:
     @property
     def parameters(self) -> int:
         return sum(math.prod(entry.shape) for entry in self.entries.values())
-
-
-def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], out: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write tensors into a directory as they come: one safetensors file, or shards with their index.
-
-    Memory holds one shard; a tensor larger than `shard_bytes` gets a shard of its own.
-    """
-    shard: dict[str, torch.Tensor] = {}
-    shards: list[list[str]] = []
-    size = total = 0
-
-    def flush() -> None:
-        save_file(shard, out / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > shard_bytes:
-            flush()
-            size = 0
-        shard[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-
-    if len(shards) == 1:
-        (out / "shard-0").rename(out / SINGLE_NAME)
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (out / f"shard-{number}").rename(out / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def copy_other_files(source: Path, target: Path) -> None:
-    """Carry over what lies beside the weights: config, tokenizer, chat template, generation config, licence.
-
-    Not the model card, which tells of the source only, nor the same weights in other formats.
-    """
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in _WEIGHTS and path.name not in {INDEX_NAME, "README.md"}:
-            shutil.copy(path, target / path.name)

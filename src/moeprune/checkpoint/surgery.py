@@ -1,7 +1,8 @@
-"""Carry out a Plan on a checkpoint, tensor by tensor, without building the model.
+"""Carry out a Plan on a checkpoint without building the model.
 
-Memory holds one shard being written and one tensor being read. What is not an expert's is carried over unchanged: the
-other tensors, tokenizer, chat template, generation config, licence.
+Headers tell where every tensor lies, so the shards to write are planned first, and then written as streams of the
+source's bytes. What is not an expert's is carried over unchanged: the other tensors, tokenizer, chat template,
+generation config, licence.
 """
 
 from __future__ import annotations
@@ -9,64 +10,87 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moeprune.atomic import build_beside, refuse_to_overwrite
 from moeprune.checkpoint import modelling
-from moeprune.checkpoint.card import write_card
-from moeprune.checkpoint.files import SHARD_BYTES, copy_other_files, write_tensors
+from moeprune.checkpoint.card import card
+from moeprune.checkpoint.files import CheckpointFiles
 from moeprune.checkpoint.layout import Layout
 from moeprune.checkpoint.loading import Checkpoint
+from moeprune.checkpoint.other_files import CARD_NAME, copy_other_files
+from moeprune.checkpoint.pieces import PlannedTensor, selected, unchanged
+from moeprune.checkpoint.shards import SHARD_BYTES, plan_shards
+from moeprune.checkpoint.targets import LocalTarget, Target
+from moeprune.checkpoint.writing import job_name, write_checkpoint
 from moeprune.errors import InputError
 from moeprune.plan import Plan
 
 
-def apply(
+@dataclass(frozen=True)
+class Written:
+    """The size of a checkpoint that was written: parameters, and bytes of its safetensors files."""
+
+    parameters: int
+    bytes_on_disk: int
+
+
+def apply(source: Checkpoint, plan: Plan, out: Path, *, shard_bytes: int = SHARD_BYTES) -> Checkpoint:
+    """Write the pruned checkpoint into a directory of this machine. See `cut`."""
+    cut(source, plan, LocalTarget(out), shard_bytes=shard_bytes)
+    return Checkpoint(out, source.trust_remote_code)
+
+
+def cut(
     source: Checkpoint,
     plan: Plan,
-    out: Path,
+    target: Target,
     *,
     shard_bytes: int = SHARD_BYTES,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
-) -> Checkpoint:
-    """Write the pruned checkpoint.
+    say: Callable[[str], None] = lambda text: None,
+) -> Written:
+    """Write the pruned checkpoint, or what of it an interrupted call with the same arguments left to do.
 
     Args:
         source: the original that the plan was made for.
-        out: a directory that does not exist yet, or is empty.
-        shard_bytes: the largest shard to write; a single larger tensor gets a shard of its own.
-        on_tensor: called after each tensor with how many are done, and of how many.
+        target: a directory that does not exist yet, or is empty, or likewise on S3.
+        shard_bytes: of tensors in one file at most; a single larger tensor gets a file of its own.
+        on_tensor: called now and then with how many tensors are done, and of how many.
+        say: told, in words, what was there already, and what stays after an interruption.
 
     Raises:
         InputError: the plan is for another model, the place is taken, or the source cannot be read.
     """
-    refuse_to_overwrite(out)
+    target.refuse_if_taken()
     check_fits(source, plan)
-    cuts = _cuts(source.layout, plan)
-    with build_beside(out) as beside:
-        copy_other_files(source.directory, beside)
-        _write_config(source, plan, beside)
-        write_tensors(_cut(source, cuts, on_tensor), beside, shard_bytes)
-        (beside / "pruning_plan.json").write_text(plan.model_dump_json(indent=1) + "\n")
-        write_card(beside, plan)
-    return Checkpoint(out, source.trust_remote_code)
+    texts = _texts(source, plan)
+    files = source.files
+    shards = plan_shards(_planned(files, source.layout, plan), shard_bytes)
+    job = job_name(files.source, files.shards, shards, texts["pruning_plan.json"])
+
+    def write_other_files(folder: Path) -> None:
+        copy_other_files(source.directory, folder)
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+
+    write_checkpoint(shards, files.source, target, job, write_other_files, on_tensor=on_tensor, say=say)
+    return Written(sum(shard.parameters for shard in shards), sum(shard.file_bytes for shard in shards))
 
 
 def check_fits(source: Checkpoint, plan: Plan) -> None:
     """Raise InputError where a plan was made for another model, or cannot be carried out on this one."""
     if modelling.experts_per_layer(source.config):
         raise InputError(
-            f"{source.directory} is pruned already, layer by layer differently; prune the original with another ratio"
+            f"{source.files.address} is pruned already, layer by layer differently; prune the original with another "
+            "ratio"
         )
     layout = {name: layer.experts for name, layer in source.layout.layers.items()}
     planned = {name: layer.experts for name, layer in plan.layers.items()}
     if layout != planned or plan.model != source.fingerprint:
         raise InputError(
-            f"the plan was made for another model (fingerprint {plan.model[:12]}) than {source.directory} "
+            f"the plan was made for another model (fingerprint {plan.model[:12]}) than {source.files.address} "
             f"({source.fingerprint[:12]}); make one with `moeprune plan` from Stats of this model"
         )
 
@@ -90,55 +114,52 @@ def _check_groups(source: Checkpoint, plan: Plan) -> None:
             )
 
 
-# What happens to one stored tensor: its new name and values, or None where it goes.
-_Cut = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _cuts(layout: Layout, plan: Plan) -> dict[str, tuple[str, _Cut] | None]:
-    cuts: dict[str, tuple[str, _Cut] | None] = {}
+def _planned(files: CheckpointFiles, layout: Layout, plan: Plan) -> Iterator[PlannedTensor]:
+    """Every tensor of the pruned checkpoint, in the order in which the source stores what it is made from."""
+    kept_along: dict[str, tuple[int, list[int]]] = {}
+    new_names: dict[str, str | None] = dict.fromkeys(layout.left_out)
     for layer_name, layer in layout.layers.items():
         keep = plan.layers[layer_name].keep
-        for name, axis in layer.fused.items():
-            cuts[name] = (name, partial(_select, axis=axis, keep=keep))
+        kept_along |= {name: (axis, keep) for name, axis in layer.fused.items()}
         for names in layer.separate:
-            cuts |= dict.fromkeys(names)
-            cuts |= {names[old]: (names[new], _unchanged) for new, old in enumerate(keep)}
-    return cuts
+            new_names |= dict.fromkeys(names)
+            new_names |= {names[old]: names[new] for new, old in enumerate(keep)}
+    for name, entry in files.entries.items():
+        new_name = new_names.get(name, name)
+        if new_name is None:
+            continue
+        if name in kept_along:
+            yield selected(name, entry, *kept_along[name])
+        else:
+            yield unchanged(new_name, entry)
 
 
-def _select(tensor: torch.Tensor, axis: int, keep: list[int]) -> torch.Tensor:
-    return tensor.index_select(axis, torch.tensor(keep))
-
-
-def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _cut(
-    source: Checkpoint, cuts: dict[str, tuple[str, _Cut] | None], on_tensor: Callable[[int, int], None]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    total = len(source.files.entries)
-    for done, (name, tensor) in enumerate(source.files.tensors(), start=1):
-        action = cuts.get(name, (name, _unchanged))
-        if action is not None:
-            new_name, cut = action
-            yield new_name, cut(tensor).contiguous()
-        on_tensor(done, total)
-
-
-def _write_config(source: Checkpoint, plan: Plan, out: Path) -> None:
+def _texts(source: Checkpoint, plan: Plan) -> dict[str, str]:
+    """The files that are written anew, by name."""
+    layout = source.layout
     config: dict[str, Any] = json.loads((source.directory / "config.json").read_text())
     holder = config
-    for part in source.layout.config_path[:-1]:
+    for part in layout.config_path[:-1]:
         holder = holder.setdefault(part, {})
-    stated = source.layout.aliases & holder.keys() or {source.layout.config_path[-1]}
+    stated = layout.aliases & holder.keys() or {layout.config_path[-1]}
     holder.update(dict.fromkeys(stated, max(plan.experts_per_layer.values())))
+    for path, value in layout.config_changes.items():
+        _set(config, path.split("."), value)
+    texts = {
+        "pruning_plan.json": plan.model_dump_json(indent=1) + "\n",
+        CARD_NAME: card(plan, layout.left_out),
+    }
     if not plan.is_uniform:
         base_class = _stock_class(source)
-        path = source.layout.config_path
-        config |= modelling.describe(base_class, path, plan.experts_per_layer)
-        (out / modelling.FILE_NAME).write_text(modelling.source(base_class, path))
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        config |= modelling.describe(base_class, layout.config_path, plan.experts_per_layer)
+        texts[modelling.FILE_NAME] = modelling.source(base_class, layout.config_path)
+    return texts | {"config.json": json.dumps(config, indent=2) + "\n"}
+
+
+def _set(config: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        config = config.setdefault(part, {})
+    config[path[-1]] = value
 
 
 def _stock_class(source: Checkpoint) -> str:
@@ -151,7 +172,9 @@ def _stock_class(source: Checkpoint) -> str:
 
     config = source.config
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise InputError(f"{source.directory} brings its own modelling code; only a uniform plan can be applied to it")
+        raise InputError(
+            f"{source.files.address} brings its own modelling code; only a uniform plan can be applied to it"
+        )
     for name, layer in source.layout.layers.items():
         block = name.rpartition(".")[0] + "."
         outside = [parameter for parameter in layer.parameters if not parameter.startswith(block)]

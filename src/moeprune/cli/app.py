@@ -150,11 +150,11 @@ def apply(
     plan: PlanOption,
     out: Annotated[str, typer.Option(metavar="DIR", help="where to write the pruned model")],
     shard_megabytes: Annotated[
-        int, typer.Option(min=1, help="largest file to write, and about the memory this takes")
+        int, typer.Option(min=1, help="most bytes of tensors in one file; to or from S3, two of them lie here")
     ] = 1024,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Carry out a Plan: write the pruned model."""
+    """Carry out a Plan: write the pruned model. Interrupted, the same command goes on where it was."""
     from moeprune.steps import prune as step
 
     made = step.apply(model, plan, out, shard_bytes=shard_megabytes << 20, trust_remote_code=trust_remote_code)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from moeprune import places, tracking
-from moeprune.atomic import build_beside, refuse_to_overwrite
+from moeprune.atomic import build_beside
 from moeprune.checkpoint import surgery
-from moeprune.checkpoint.files import SHARD_BYTES
 from moeprune.checkpoint.loading import Checkpoint
+from moeprune.checkpoint.shards import SHARD_BYTES
 from moeprune.clusters import Clusters
 from moeprune.methods import check_ratio, find, make_plan, parse_options
 from moeprune.plan import Plan
@@ -46,9 +48,9 @@ def plan(
 def apply(
     model: str, plan: str, out: str, *, shard_bytes: int = SHARD_BYTES, trust_remote_code: bool = False
 ) -> Applied:
-    """Carry out a Plan on a model and put the pruned checkpoint at `out`. See `checkpoint.surgery.apply`."""
-    with tracking.step("apply", {"model": model}) as run:
-        return _apply(run, model, plan, out, shard_bytes, trust_remote_code)
+    """Carry out a Plan on a model and put the pruned checkpoint at `out`. See `checkpoint.surgery.cut`."""
+    with tracking.step("apply", {"model": model}) as run, _streamed(model, trust_remote_code) as source:
+        return _apply(run, source, plan, out, shard_bytes)
 
 
 def prune(
@@ -74,18 +76,16 @@ def prune(
     params = {"model": model} | _params(method, ratio, options) | {"baselines": ", ".join(baselines)}
     for baseline in baselines:
         find(baseline)
-    with tracking.step("prune", params) as run, places.local_model(model) as directory:
-        original = str(directory)  # brought here once, for all methods
+    with tracking.step("prune", params) as run, _streamed(model, trust_remote_code) as source:
         _plan(run, method, ratio, stats, plan_out, clusters, options)
-        made = _apply(run, original, plan_out, model_out, SHARD_BYTES, trust_remote_code)
+        made = _apply(run, source, plan_out, model_out, SHARD_BYTES)
         if baselines_out:
             with places.output(baselines_out) as path, build_beside(path) as beside:
                 for baseline in dict.fromkeys(baselines):
                     plan_path = beside / f"{baseline}.json"
                     _plan(TrackedRun(), baseline, ratio, stats, str(plan_path), clusters, None)
                     run.text(plan_path.read_text(), f"baselines/{baseline}.json")
-                    pruned_out = str(beside / baseline)
-                    _apply(TrackedRun(), original, str(plan_path), pruned_out, SHARD_BYTES, trust_remote_code, baseline)
+                    _apply(TrackedRun(), source, str(plan_path), str(beside / baseline), SHARD_BYTES, baseline)
         return made
 
 
@@ -129,27 +129,35 @@ def _log_calibration_data(run: TrackedRun, stats: Stats) -> None:
         tracked.dataset(name, ",".join(stats.sources), stats.data, "calibration", stats.tokens)
 
 
-def _apply(
-    run: TrackedRun,
-    model: str,
-    plan: str,
-    out: str,
-    shard_bytes: int,
-    trust_remote_code: bool,
-    label: str = "apply",
-) -> Applied:
-    with places.output(out) as path, places.local_file(plan) as plan_path, places.local_model(model) as directory:
-        refuse_to_overwrite(path)
+def _say(label: str, text: str) -> None:
+    sys.stderr.write(f"{label}: {text}\n")
+    sys.stderr.flush()
+
+
+@contextmanager
+def _streamed(model: str, trust_remote_code: bool) -> Iterator[Checkpoint]:
+    with places.streamed_model(model) as (directory, weights):
+        yield Checkpoint(directory, trust_remote_code, weights)
+
+
+def _apply(run: TrackedRun, source: Checkpoint, plan: str, out: str, shard_bytes: int, label: str = "apply") -> Applied:
+    with places.local_file(plan) as plan_path:
         decided = Plan.load(plan_path)
-        source = Checkpoint(directory, trust_remote_code)
-        with progress(label) as on_tensor:
-            pruned = surgery.apply(source, decided, path, shard_bytes=shard_bytes, on_tensor=on_tensor)
-        made = Applied(decided, pruned.files.parameters, pruned.files.bytes_on_disk)
-        run.metrics(
-            {
-                "size_on_disk_mb": made.bytes_on_disk / 1e6,
-                "original_size_on_disk_mb": source.files.bytes_on_disk / 1e6,
-                "parameters": made.parameters,
-            }
+    target = places.checkpoint_target(out)
+    with progress(label) as on_tensor:
+        written = surgery.cut(
+            source,
+            decided,
+            target,
+            shard_bytes=shard_bytes,
+            on_tensor=on_tensor,
+            say=lambda text: _say(label, text),
         )
-        return made
+    run.metrics(
+        {
+            "size_on_disk_mb": written.bytes_on_disk / 1e6,
+            "original_size_on_disk_mb": source.files.bytes_on_disk / 1e6,
+            "parameters": written.parameters,
+        }
+    )
+    return Applied(decided, written.parameters, written.bytes_on_disk)
