@@ -18,12 +18,10 @@ from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
 
 from moeprune.checkpoint import modelling, prediction_layers, unsupported
 from moeprune.checkpoint.files import CheckpointFiles
-from moeprune.checkpoint.stored_names import StoredExperts, as_stored_here
+from moeprune.checkpoint.stored_names import StoredExperts, as_stored_here, stored_ways
 from moeprune.errors import InputError
 
 
@@ -162,24 +160,28 @@ def _layer_layouts(
     per_layer: dict[str, dict[str, int]] = defaultdict(dict)
     for parameter, axis in _grown_axes(config, state, grown).items():
         per_layer[_owner(config, parameter, list(modules))][parameter] = axis
-    model._weight_conversions = get_model_conversion_mapping(model)
-    larger._weight_conversions = get_model_conversion_mapping(larger)
     layers = {}
     for name, module in modules.items():
-        parameters, experts = per_layer[name], expert_count(module)
-        own = {parameter: state[parameter] for parameter in parameters}
-        as_published = revert_weight_conversion(model, own)
-        larger_published = revert_weight_conversion(larger, {parameter: grown[parameter] for parameter in parameters})
-        published = StoredExperts(
-            experts,
-            {stored: tuple(tensor.shape) for stored, tensor in as_published.items()},
-            _grown_axes(config, as_published, larger_published),
-            [_siblings(stored, experts, as_published) for stored in larger_published if stored not in as_published],
-        )
-        under_own_names = StoredExperts(experts, {p: tuple(own[p].shape) for p in own}, parameters, [])
-        found = as_stored_here([published, under_own_names], name, files) if files else published
-        layers[name] = LayerLayout(experts, found.fused, found.separate, parameters)
+        own = {parameter: state[parameter] for parameter in per_layer[name]}
+        own_grown = {parameter: grown[parameter] for parameter in per_layer[name]}
+        ways = [
+            _stored_experts(config, small, large, expert_count(module))
+            for small, large in zip(stored_ways(model, own), stored_ways(larger, own_grown), strict=True)
+        ]
+        found = as_stored_here(ways, name, files) if files else ways[0]
+        layers[name] = LayerLayout(expert_count(module), found.fused, found.separate, per_layer[name])
     return layers
+
+
+def _stored_experts(
+    config: PretrainedConfig, small: dict[str, torch.Tensor], large: dict[str, torch.Tensor], experts: int
+) -> StoredExperts:
+    return StoredExperts(
+        experts,
+        {stored: tuple(tensor.shape) for stored, tensor in small.items()},
+        _grown_axes(config, small, large),
+        [_siblings(stored, experts, small) for stored in large if stored not in small],
+    )
 
 
 def _owner(config: PretrainedConfig, parameter: str, modules: list[str]) -> str:

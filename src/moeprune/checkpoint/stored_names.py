@@ -1,6 +1,7 @@
-"""From the tensors of the experts that a family publishes to those that one checkpoint holds.
+"""From the tensors of the experts that a model has to those that one checkpoint holds.
 
-A checkpoint may have been saved under the model's own names, and one whose weights are quantised holds more tensors
+Transformers' weight conversion, run backwards, tells the names under which a family is published; what it saves itself
+may lack the prefix of a larger model that the published weights are a part of, or have the model's own names. One whose weights are quantised holds more tensors
 than the model has, or others in their place: `up_proj.weight_scale_inv` beside an expert's `up_proj.weight`,
 `gate_up_proj_blocks` and `gate_up_proj_scales` instead of `gate_up_proj`.
 """
@@ -9,6 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from moeprune.checkpoint.files import CheckpointFiles
 from moeprune.errors import InputError
@@ -22,6 +28,17 @@ class StoredExperts:
     shapes: dict[str, tuple[int, ...]]
     fused: dict[str, int]
     separate: list[list[str]]
+
+
+def stored_ways(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Parameters of a model under the names and in the shapes of a checkpoint, for each way to store them."""
+    published = get_model_conversion_mapping(model, add_legacy=False)
+    ways = [published, [conversion for conversion in published if not isinstance(conversion, PrefixChange)], []]
+    stored = []
+    for conversions in ways:
+        model._weight_conversions = conversions
+        stored.append(revert_weight_conversion(model, state))
+    return stored
 
 
 def as_stored_here(ways: list[StoredExperts], layer: str, files: CheckpointFiles) -> StoredExperts:
