@@ -119,26 +119,28 @@ def _locked(directory: Path, path: Path) -> Iterator[None]:
 def _take_lock(directory: Path, lock: Path, path: Path) -> int:
     """The lock's open descriptor. Raises InputError where another process has it."""
     while True:
-        directory.mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            directory.mkdir()
         try:
             descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
-        except FileNotFoundError:  # removed meanwhile by one who was done
+        except FileNotFoundError:  # the directory was removed meanwhile by one who was done
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock.exists() and os.path.samestat(lock.stat(), os.fstat(descriptor)):
-                return descriptor
         except BlockingIOError as error:
             os.close(descriptor)
             raise InputError(
                 f"another process is writing {path}; wait until it is done, or choose another place"
             ) from error
         except OSError as error:
-            if error.errno in _CANNOT_LOCK:  # a file system without locks, where it is the user who takes care
+            if error.errno not in _CANNOT_LOCK:
+                os.close(descriptor)
+                raise
+            return descriptor  # a file system without locks, where it is the user who takes care
+        with suppress(FileNotFoundError):
+            if os.path.samestat(lock.stat(), os.fstat(descriptor)):
                 return descriptor
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # the lock of a directory that is no more
+        os.close(descriptor)  # the lock was removed meanwhile, and another may have made a new one
 
 
 def refuse_without_room(directory: Path, needed_bytes: int) -> None:

@@ -11,16 +11,20 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moeprune.checkpoint import modelling
 from moeprune.checkpoint.card import card
+from moeprune.checkpoint.expert_tables import renumbered
 from moeprune.checkpoint.files import CheckpointFiles
 from moeprune.checkpoint.layout import Layout
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.other_files import CARD_NAME, copy_other_files
-from moeprune.checkpoint.pieces import PlannedTensor, selected, unchanged
+from moeprune.checkpoint.pieces import PlannedTensor, Values, selected, unchanged
 from moeprune.checkpoint.shards import SHARD_BYTES, plan_shards
 from moeprune.checkpoint.targets import LocalTarget, Target
 from moeprune.checkpoint.writing import job_name, write_checkpoint
@@ -112,15 +116,26 @@ def _check_groups(source: Checkpoint, plan: Plan) -> None:
                 f"the router of {name} chooses among {groups} groups of experts before it chooses experts; "
                 "the plan must keep the same number of each group"
             )
+        chosen = min(kept.values()) * holder.topk_group
+        if chosen < layer.top_k:
+            raise InputError(
+                f"the router of {name} chooses {layer.top_k} experts from {holder.topk_group} of {groups} groups, in "
+                f"which the plan keeps only {chosen}; keep more of each group"
+            )
 
 
 def _planned(files: CheckpointFiles, layout: Layout, plan: Plan) -> Iterator[PlannedTensor]:
     """Every tensor of the pruned checkpoint, in the order in which the source stores what it is made from."""
     kept_along: dict[str, tuple[int, list[int]]] = {}
+    tables: dict[str, tuple[list[int], int]] = {}
     new_names: dict[str, str | None] = dict.fromkeys(layout.left_out)
     for layer_name, layer in layout.layers.items():
         keep = plan.layers[layer_name].keep
-        kept_along |= {name: (axis, keep) for name, axis in layer.fused.items()}
+        for name, axis in layer.fused.items():
+            rows_past_the_experts = range(layer.experts, files.entries[name].shape[axis])
+            kept_along[name] = axis, [*keep, *rows_past_the_experts]
+        for name in layer.tables:
+            tables[name] = keep, layer.experts
         for names in layer.separate:
             new_names |= dict.fromkeys(names)
             new_names |= {names[old]: names[new] for new, old in enumerate(keep)}
@@ -130,8 +145,15 @@ def _planned(files: CheckpointFiles, layout: Layout, plan: Plan) -> Iterator[Pla
             continue
         if name in kept_along:
             yield selected(name, entry, *kept_along[name])
+        elif name in tables:
+            values = Values(entry.nbytes, partial(_renumbered_table, files, name, *tables[name]))
+            yield PlannedTensor(name, entry.dtype, entry.shape, (values,))
         else:
             yield unchanged(new_name, entry)
+
+
+def _renumbered_table(files: CheckpointFiles, name: str, keep: list[int], experts: int) -> torch.Tensor:
+    return renumbered(files.read([name])[name], keep, experts)
 
 
 def _texts(source: Checkpoint, plan: Plan) -> dict[str, str]:
@@ -166,7 +188,7 @@ def _stock_class(source: Checkpoint) -> str:
     """The transformers class that the modelling file extends.
 
     Raises:
-        InputError: the model has code of its own, or keeps its router outside the block that the file rebuilds.
+        InputError: the model has code of its own.
     """
     from transformers import AutoModelForCausalLM
 
@@ -175,11 +197,4 @@ def _stock_class(source: Checkpoint) -> str:
         raise InputError(
             f"{source.files.address} brings its own modelling code; only a uniform plan can be applied to it"
         )
-    for name, layer in source.layout.layers.items():
-        block = name.rpartition(".")[0] + "."
-        outside = [parameter for parameter in layer.parameters if not parameter.startswith(block)]
-        if outside:
-            raise InputError(
-                f"the router {outside[0]} lies outside the block {block[:-1]}; only a uniform plan can be applied"
-            )
     return AutoModelForCausalLM._model_mapping[type(config)].__name__

@@ -68,19 +68,20 @@ class LocalTarget:
     @contextmanager
     def open(self, job: str) -> Iterator[OpenTarget]:
         with continue_beside(self._path, job) as beside:
-            yield _OpenDirectory(beside)
+            yield _OpenDirectory(beside, self._path.parent)
 
 
 class _OpenDirectory:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, parent: Path) -> None:
         self.folder = folder
+        self._parent = parent
         self.placed = 0
 
     def has(self, shard: PlannedShard) -> bool:
         return is_written(shard, self.folder / shard.name)
 
     def refuse_without_room(self, shards: list[PlannedShard]) -> None:
-        refuse_without_room(self.folder, sum(shard.file_bytes for shard in shards))
+        refuse_without_room(self._parent, sum(shard.file_bytes for shard in shards))
 
     @contextmanager
     def place_for(self, shard: PlannedShard) -> Iterator[Path]:
