@@ -25,6 +25,10 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 
+def is_expert_table(tensor):  # type: ignore[no-untyped-def]
+    return tensor.dim() == 2 and not tensor.is_floating_point()
+
+
 def run(case, scratch):  # type: ignore[no-untyped-def]
     ids = torch.tensor(case["ids"])
 
@@ -49,6 +53,7 @@ def run(case, scratch):  # type: ignore[no-untyped-def]
             "generated": model.generate(ids, do_sample=False, max_new_tokens=case.get("new_tokens")),
             "experts": [module.num_experts for name, module in model.named_modules() if name.endswith(".experts")],
             "class": type(model).__name__,
+            "tables": {name: table for name, table in model.named_buffers() if is_expert_table(table)},
         }
 
 

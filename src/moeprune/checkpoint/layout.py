@@ -24,6 +24,8 @@ from moeprune.checkpoint.files import CheckpointFiles
 from moeprune.checkpoint.stored_names import StoredExperts, as_stored_here, stored_ways
 from moeprune.errors import InputError
 
+_TABLE_AXES = 2
+
 
 @dataclass(frozen=True)
 class LayerLayout:
@@ -37,12 +39,14 @@ class LayerLayout:
         separate: for tensors of one expert each, the names of all experts' tensors: `separate[j][i]` is expert i's
             j-th.
         parameters: the model's own names of all of these, by their expert axis.
+        tables: names of tensors whose values are numbers of experts, `[tokens, experts per token]`.
     """
 
     experts: int
     fused: dict[str, int]
     separate: list[list[str]]
     parameters: dict[str, int]
+    tables: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,6 @@ def find_layout(config: PretrainedConfig, files: CheckpointFiles | None = None) 
     counts = {expert_count(module) for module in modules.values()}
     if len(counts) > 1:
         raise unsupported.refusal(config, unsupported.UNEVEN.format(counts=_range(counts)))
-    unsupported.refuse_hash_routers(config, list(modules), model.state_dict())
     config_path, larger = _grow_by_one_expert(config, counts.pop())
     layers = _layer_layouts(config, model, larger, files)
     stored_here = files.entries if files else {}
@@ -162,15 +165,25 @@ def _layer_layouts(
         per_layer[_owner(config, parameter, list(modules))][parameter] = axis
     layers = {}
     for name, module in modules.items():
-        own = {parameter: state[parameter] for parameter in per_layer[name]}
-        own_grown = {parameter: grown[parameter] for parameter in per_layer[name]}
+        names = [*per_layer[name], *_tables_beside(name, state)]
+        own, own_grown = {one: state[one] for one in names}, {one: grown[one] for one in names}
         ways = [
             _stored_experts(config, small, large, expert_count(module))
             for small, large in zip(stored_ways(model, own), stored_ways(larger, own_grown), strict=True)
         ]
         found = as_stored_here(ways, name, files) if files else ways[0]
-        layers[name] = LayerLayout(expert_count(module), found.fused, found.separate, per_layer[name])
+        layers[name] = LayerLayout(expert_count(module), found.fused, found.separate, per_layer[name], found.tables)
     return layers
+
+
+def _tables_beside(name: str, state: dict[str, torch.Tensor]) -> list[str]:
+    """What chooses experts by the token instead of a router: whole numbers in rows, in the experts' block."""
+    block = name.rpartition(".")[0] + "."
+    return [
+        one
+        for one, tensor in state.items()
+        if one.startswith(block) and tensor.dim() == _TABLE_AXES and not tensor.is_floating_point()
+    ]
 
 
 def _stored_experts(
@@ -181,6 +194,7 @@ def _stored_experts(
         {stored: tuple(tensor.shape) for stored, tensor in small.items()},
         _grown_axes(config, small, large),
         [_siblings(stored, experts, small) for stored in large if stored not in small],
+        [stored for stored, tensor in small.items() if not tensor.is_floating_point()],
     )
 
 

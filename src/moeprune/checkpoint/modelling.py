@@ -88,8 +88,9 @@ def _with_experts(config, experts):
 def _subtree(name, layers):
     """The largest part of the model that has this layer's experts and no other's."""
     parts = name.split(".")
+    others = [other + "." for other in layers if other != name]
     subtrees = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-    return next(tree for tree in subtrees if not any(f"{other}.".startswith(f"{tree}.") for other in layers if other != name))
+    return next(tree for tree in subtrees if not any(other.startswith(tree + ".") for other in others))
 ''')
 
 

@@ -1,9 +1,10 @@
 """From the tensors of the experts that a model has to those that one checkpoint holds.
 
 Transformers' weight conversion, run backwards, tells the names under which a family is published; what it saves itself
-may lack the prefix of a larger model that the published weights are a part of, or have the model's own names. One whose weights are quantised holds more tensors
-than the model has, or others in their place: `up_proj.weight_scale_inv` beside an expert's `up_proj.weight`,
-`gate_up_proj_blocks` and `gate_up_proj_scales` instead of `gate_up_proj`.
+may lack the prefix of a larger model that the published weights are a part of, or have the model's own names. A
+checkpoint whose weights are quantised holds more tensors than the model has, or others in their place:
+`up_proj.weight_scale_inv` beside an expert's `up_proj.weight`, `gate_up_proj_blocks` and `gate_up_proj_scales` instead
+of `gate_up_proj`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from moeprune.errors import InputError
 
 @dataclass(frozen=True)
 class StoredExperts:
-    """The stored tensors of one layer's experts: their shapes, and `fused` and `separate` as in `LayerLayout`."""
+    """The stored tensors of one layer's experts: their shapes, the rest as in `LayerLayout`."""
 
     experts: int
     shapes: dict[str, tuple[int, ...]]
     fused: dict[str, int]
     separate: list[list[str]]
+    tables: list[str]
 
 
 def stored_ways(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -75,7 +77,7 @@ def _with_companions(way: StoredExperts, files: CheckpointFiles) -> StoredExpert
         for suffix in _suffixes(names[0], files):
             separate.append([name + suffix for name in names])
             shapes |= {name + suffix: files.entries[names[0] + suffix].shape for name in names}
-    return StoredExperts(way.experts, shapes, fused, separate)
+    return StoredExperts(way.experts, shapes, fused, separate, way.tables)
 
 
 def _suffixes(name: str, files: CheckpointFiles) -> Iterator[str]:

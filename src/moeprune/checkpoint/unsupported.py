@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import PretrainedConfig
 
 from moeprune.errors import InputError
@@ -11,10 +10,6 @@ from moeprune.errors import InputError
 # numbers lie apart from the others'.
 READABLE_QUANTISATIONS = frozenset({"fp8", "mxfp4"})
 
-HASH_ROUTER = (
-    "its layer {layer} chooses experts by a fixed table from token to expert ({table}), not by a router; "
-    "a token whose expert went would have nowhere to go"
-)
 UNREADABLE_QUANTISATION = (
     "its weights are quantised as {method}, which transformers cannot undo on every device; "
     "prune the unquantised original and quantise the result (readable are: {readable})"
@@ -47,12 +42,3 @@ def quantisation(config: PretrainedConfig) -> str | None:
     if stated is None:
         return None
     return str(stated["quant_method"] if isinstance(stated, dict) else stated.quant_method.value)
-
-
-def refuse_hash_routers(config: PretrainedConfig, modules: list[str], state: dict[str, torch.Tensor]) -> None:
-    """Raise InputError where a table of whole numbers stands beside a layer's experts."""
-    for module in modules:
-        block = module.rpartition(".")[0] + "."
-        for name, tensor in state.items():
-            if name.startswith(block) and not tensor.is_floating_point() and tensor.dim() > 1:
-                raise refusal(config, HASH_ROUTER.format(layer=module, table=name))
