@@ -1,0 +1,100 @@
+"""How a memory limit is shared out among weights, activations and what is left over for computing."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import resource
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moeprune.errors import InputError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_CONVERSION = 2.0  # bytes at once per byte brought in: while tensors are fused, the stored ones are there, too
+_SHARE_OF_EXPERTS = 0.75  # of what is left for them and for activations
+_SLACK = 96 << 20  # what Python and the libraries still take on the way
+_MMAP_THRESHOLD = -3  # of mallopt
+
+
+def parse_bytes(text: str) -> int:
+    """`2GiB`, `1.5G`, `900MB` (read as MiB) as bytes.
+
+    Raises:
+        InputError: not of that form.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise InputError(f"{text!r} is not a size; write for example 2GiB or 900MiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def memory_in_use() -> int:
+    """Bytes of this process in memory, without files that are only mapped."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("RssAnon:")).split()[1]) << 10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+@dataclass(frozen=True)
+class Room:
+    """What may be in memory at once, in bytes.
+
+    Attributes:
+        experts: weights of routed experts that are brought in together.
+        activations: what stopped passes hold; what is more goes to disk.
+    """
+
+    experts: int
+    activations: int
+
+
+UNLIMITED = Room(sys.maxsize, sys.maxsize)
+
+
+def share_out(limit: int, *, largest_part: int, fewest_experts: int, all_experts: int, one_pass: int) -> Room:
+    """Share a limit out.
+
+    Args:
+        limit: on this process's memory, including what it has now.
+        largest_part: weights of the largest part. It stays while experts are brought in.
+        fewest_experts, all_experts: weights of as few experts as can be brought in, and of all of the largest layer's.
+        one_pass: what the forward pass of one batch takes while it runs.
+
+    Raises:
+        InputError: the limit is too small to do anything at all; says how much is needed.
+    """
+    used = memory_in_use() + _SLACK
+    part, least = int(_CONVERSION * largest_part), int(_CONVERSION * fewest_experts)
+    rest = limit - used - one_pass - part
+    if rest < least:
+        raise InputError(
+            f"a memory limit of {_mib(limit)} is too small: {_mib(used)} are in use before anything is loaded, the "
+            f"largest part of the model takes {_mib(part)} while it is brought in, a few experts {_mib(least)} and one "
+            f"sequence {_mib(one_pass)}; at least {_mib(limit - rest + least)} would do"
+        )
+    experts = max(fewest_experts, min(all_experts, int(rest * _SHARE_OF_EXPERTS / _CONVERSION)))
+    return Room(experts, rest - int(_CONVERSION * experts))
+
+
+def return_freed_memory() -> None:
+    """Have the allocator give what is freed back to the system at once (glibc; elsewhere nothing happens).
+
+    Left alone it keeps freed blocks of up to 32 MiB for later, of which a limit knows nothing.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+        libc.malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):,.0f} MiB"

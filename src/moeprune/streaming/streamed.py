@@ -1,0 +1,280 @@
+"""A forward pass over a whole data set that brings each part of the model in once.
+
+All batches go through the first part, then all through the second, and so on. Experts that do not fit together are
+brought in some at a time, and their contributions to a token added up.
+
+Axes: T tokens of a batch, padding included, K experts per token, H hidden size, N (token, expert) pairs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from moeprune.checkpoint.loading import Checkpoint, default_device, default_dtype
+from moeprune.errors import InputError
+from moeprune.statistics.observer import ExpertsCall, intercept
+from moeprune.statistics.passes import Batch, Watch
+from moeprune.streaming.holding import Held, Noting
+from moeprune.streaming.lanes import Lane, stop_at
+from moeprune.streaming.paging import PagedModel
+from moeprune.streaming.room import UNLIMITED, Room, return_freed_memory, share_out
+
+_FEWEST_EXPERTS = 3  # at once: in some families a model of one expert is not a Mixture-of-Experts
+_USUAL_TOP_K = 8
+_SHARE_OF_A_PASS = 1 / 6  # of the limit
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A door: the pass is about to enter this part."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """A door: the pass waits for the output of this layer's experts."""
+
+    layer: str
+    call: ExpertsCall = field(compare=False)
+
+
+@dataclass
+class _Passing:
+    """One batch on its way.
+
+    Attributes:
+        lane: its forward pass.
+        held: what that holds.
+        number, rows: which batch it is a part of, and which part.
+        ahead: layers whose experts it has yet to come to.
+        output_TH: what the experts that were brought in up to now have put out.
+    """
+
+    lane: Lane[_Part | _Experts]
+    held: Held
+    number: int
+    rows: slice
+    ahead: set[str]
+    output_TH: torch.Tensor | None = None
+
+
+class StreamedPass:
+    """Runs batches through a model that need not fit into memory."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        memory_limit: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        scratch: Path | None = None,
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            memory_limit: bytes that this process may take in all. Without one, only a layer is in memory at a time.
+            dtype, device: by default those that `Checkpoint.load` takes.
+            scratch: directory for activations that do not fit; by default the system's for temporary files.
+        """
+        self._device = device or default_device()
+        self._paged = PagedModel(checkpoint, dtype or default_dtype(self._device), self._device)
+        self._limit = memory_limit
+        self._scratch = scratch
+        self.layers = self._paged.layers
+
+    def __call__(self, batches: Sequence[Batch], watch: Watch, on_progress: Callable[[int, int], None]) -> None:
+        """See `ForwardPass`.
+
+        Raises:
+            InputError: the limit is too small, or the model's forward pass uses weights without entering their part.
+        """
+        if self._limit is not None:
+            return_freed_memory()
+        rows, room = self._share_out(batches)
+        noting = Noting()
+        with (
+            tempfile.TemporaryDirectory(prefix="moeprune-", dir=self._scratch) as scratch,
+            torch.inference_mode(),
+            self._doors(),
+            noting,
+        ):
+            passing = [
+                self._start(number, batch, slice(start, min(start + rows, len(batch))), Path(scratch))
+                for number, batch in enumerate(batches)
+                for start in range(0, len(batch), rows)
+            ]
+            try:
+                self._run(passing, room, noting, watch, on_progress)
+            finally:
+                for one in passing:
+                    one.lane.end()
+                self._paged.drop_all()
+
+    def _share_out(self, batches: Sequence[Batch]) -> tuple[int, Room]:
+        """How many sequences go through together, and what may be in memory besides."""
+        paged, longest = self._paged, max(batch.ids_BS.shape[1] for batch in batches)
+        rows = max(map(len, batches))
+        if self._limit is None:
+            return rows, UNLIMITED
+        while rows > 1 and self._bytes_of_pass(rows * longest) > _SHARE_OF_A_PASS * self._limit:
+            rows = -(-rows // 2)
+        return rows, share_out(
+            self._limit,
+            largest_part=max(map(paged.bytes_of, paged.parts)),
+            fewest_experts=_FEWEST_EXPERTS * max(map(paged.bytes_per_expert, paged.layers)),
+            all_experts=max(paged.bytes_per_expert(layer) * paged.experts_of(layer) for layer in paged.layers),
+            one_pass=self._bytes_of_pass(rows * longest),
+        )
+
+    def _bytes_of_pass(self, tokens: int) -> int:
+        """What the forward pass of so many tokens takes in a layer: a dozen hidden states, and what experts need."""
+        model = self._paged.model
+        hidden = model.get_input_embeddings().weight.shape[-1]
+        item = torch.finfo(self._paged.dtype).bits // 8
+        width = max(map(self._paged.bytes_per_expert, self.layers)) // (3 * hidden * item)
+        top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or _USUAL_TOP_K
+        return tokens * (12 * hidden + top_k * (3 * width + 2 * hidden)) * item
+
+    @contextmanager
+    def _doors(self) -> Iterator[None]:
+        """Have every pass stop where it enters a part, and where it needs experts."""
+
+        def enter(door: _Part, module: torch.nn.Module, args: tuple) -> None:
+            stop_at(door)
+
+        modules = {part: self._paged.model.get_submodule(part) for part in self._paged.parts}
+        handles = [module.register_forward_pre_hook(partial(enter, _Part(part))) for part, module in modules.items()]
+        try:
+            with intercept(self._paged.model, lambda call: stop_at(_Experts(call.layer, call))):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _start(self, number: int, batch: Batch, rows: slice, scratch: Path) -> _Passing:
+        part = batch.rows(rows)
+        mask_BS = None if part.mask_BS.all() else part.mask_BS.to(self._device)
+        ids_BS = part.ids_BS.to(self._device)
+        run = partial(self._paged.model.base_model, input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
+        return _Passing(Lane(run), Held(scratch / f"{number}-{rows.start}"), number, rows, set(self.layers))
+
+    def _run(
+        self,
+        passing: list[_Passing],
+        room: Room,
+        noting: Noting,
+        watch: Watch,
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        steps = len(passing) * len(self.layers)
+        for one in passing:
+            self._go_on(one, passing, room, noting)
+        while waiting := [one for one in passing if one.lane.door is not None]:
+            door = waiting[0].lane.door
+            here = [one for one in waiting if one.lane.door == door]
+            if isinstance(door, _Experts):
+                for one, out_TH in self._run_experts(door.layer, here, passing, room, watch):
+                    one.ahead.discard(door.layer)
+                    on_progress(steps - sum(len(other.ahead) for other in passing), steps)
+                    if one.ahead:
+                        self._go_on(one, passing, room, noting, out_TH)
+                    else:
+                        one.lane.end()
+                        one.held.forget()
+            elif door is not None:
+                self._paged.enter(door.name)
+                for one in here:
+                    self._go_on(one, passing, room, noting)
+            if self._limit is not None:
+                return_freed_memory()
+
+    def _go_on(
+        self,
+        one: _Passing,
+        passing: list[_Passing],
+        room: Room,
+        noting: Noting,
+        answer: torch.Tensor | None = None,
+    ) -> None:
+        """Let one pass run to its next door, then see that what all hold does not take too much memory."""
+        one.held.restore()
+        try:
+            with noting.on_behalf_of(one.held):
+                one.lane.go_on(answer)
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta" in str(error).lower():
+                raise InputError(
+                    "this model's layers use weights of each other, which streaming does not support; calibrate "
+                    f"without --memory-limit ({str(error).splitlines()[0]})"
+                ) from error
+            raise
+        self._settle(one, passing, room)
+
+    def _run_experts(
+        self, layer: str, here: list[_Passing], passing: list[_Passing], room: Room, watch: Watch
+    ) -> Iterator[tuple[_Passing, torch.Tensor]]:
+        """Yield each pass with its experts' output."""
+        everyone = range(self._paged.experts_of(layer))
+        at_once = max(_FEWEST_EXPERTS, room.experts // self._paged.bytes_per_expert(layer))
+        if at_once >= len(everyone):
+            with self._paged.experts(layer, everyone) as module:
+                for one in here:
+                    yield one, self._output_of(module, everyone, one, watch)
+            return
+        for some in _nearly_equal(everyone, at_once):
+            with self._paged.experts(layer, some) as module:
+                for one in here:
+                    out_TH = self._output_of(module, some, one, watch)
+                    one.output_TH = out_TH if one.output_TH is None else one.output_TH.add_(out_TH)
+                    one.held.note(one.output_TH)
+                    del out_TH
+                    self._settle(one, passing, room)
+        for one in here:
+            one.held.restore()
+            assert one.output_TH is not None
+            out_TH, one.output_TH = one.output_TH, None
+            yield one, out_TH
+
+    def _output_of(self, module: torch.nn.Module, which: range, one: _Passing, watch: Watch) -> torch.Tensor:
+        """What these experts add to the layer's output."""
+        one.held.restore()
+        assert isinstance(one.lane.door, _Experts)
+        call = replace(one.lane.door.call, module=module, experts=which)
+        out_TH = _run_range(call)
+        watch(one.number, one.rows, call)
+        return out_TH
+
+    def _settle(self, one: _Passing, passing: list[_Passing], room: Room) -> None:
+        """See that what the passes hold leaves room: of those that take turns, the last is needed again latest."""
+        if sum(other.held.bytes_in_memory for other in passing) > room.activations:
+            one.held.spill()
+
+
+def _nearly_equal(everyone: range, at_once: int) -> Iterator[range]:
+    """Ranges of at most so many, whose lengths differ by one at most."""
+    pieces = -(-len(everyone) // at_once)
+    ends = [len(everyone) * piece // pieces for piece in range(pieces + 1)]
+    return (everyone[start:end] for start, end in pairwise(ends))
+
+
+def _run_range(call: ExpertsCall) -> torch.Tensor:
+    """What a call's experts, if they are only some of the layer's, add to its output: `[T, H]`."""
+    if call.experts.start == 0 and (call.index_TK < call.experts.stop).all():
+        return call.forward(call.module, call.x_TH, call.index_TK, call.weight_TK)
+    out_TH = torch.zeros_like(call.x_TH)
+    token_N, place_N = torch.where((call.index_TK >= call.experts.start) & (call.index_TK < call.experts.stop))
+    if len(token_N):
+        index_N1 = (call.index_TK[token_N, place_N] - call.experts.start)[:, None]
+        weight_N1 = call.weight_TK[token_N, place_N][:, None]
+        out_TH.index_add_(0, token_N, call.forward(call.module, call.x_TH[token_N], index_N1, weight_N1))
+    return out_TH
