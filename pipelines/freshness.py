@@ -14,6 +14,7 @@ from pathlib import Path
 import moeprune
 import moeprune.components
 from moeprune import places
+from moeprune.sources import parse_sources
 
 _LIBRARIES = ("torch", "transformers", "datasets")
 
@@ -25,6 +26,6 @@ def state_of(model: str, data: str) -> str:
         for source in sorted(root.rglob("*.py")):
             digest.update(source.relative_to(root).as_posix().encode() + source.read_bytes())
     facts = [platform.python_version(), *(f"{name} {metadata.version(name)}" for name in _LIBRARIES)]
-    facts += [places.version(address.strip()) for address in (model, *data.split(","))]
+    facts += [places.version(address) for address in (model, *(source.address for source in parse_sources(data)))]
     digest.update("\n".join(facts).encode())
     return digest.hexdigest()[:16]

@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any, Protocol, TextIO
 
 from kfp import local
 from kfp.local import subprocess_task_handler
 
 from moeprune.errors import MoepruneError
+from moeprune.services.signals import announced
 
 from .processes import follow
 from .prune import prune
@@ -26,7 +28,9 @@ _PROGRESS = re.compile(r"[a-z][a-z -]*: \d+/\d+(, \d+ s left)?")
 _COLOUR = re.compile(r"\x1b\[\d*m")
 _CACHE_HIT = re.compile(r"Task (\S+) cache hit")
 _OUR_ERROR = re.compile(r"moeprune\.errors\.\w+: (.+)")
+_NOTE = re.compile(r"note: .+")
 _KILLED = 128 + 9  # as a shell says it
+_NOT_STARTED = 1
 
 
 class StepError(MoepruneError):
@@ -39,6 +43,8 @@ class Watcher(Protocol):
     def started(self, step: str) -> None: ...
 
     def progress(self, step: str, text: str) -> None: ...
+
+    def noted(self, step: str, note: str) -> None: ...
 
     def finished(self, step: str) -> None: ...
 
@@ -84,11 +90,22 @@ class _Steps:
         self.failure: StepError | None = None
         self._watcher = watcher
         self._log = log
+        self._one_at_a_time = Lock()
+        self.stopping = Event()
         # kfp leaves the step's source text in the temporary directory; this one goes when the run does.
         self._environment = {"TMPDIR": scratch}
 
     def run(self, full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
-        """In place of `run_local_subprocess`: the command of a step, to its exit code."""
+        """In place of `run_local_subprocess`: the command of a step, to its exit code.
+
+        kfp runs the shards of a loop in threads. Here they take turns: they would share the same cores and memory.
+        """
+        with self._one_at_a_time:
+            if self.failure or self.stopping.is_set():
+                return _NOT_STARTED
+            return self._run(full_command, env_vars or {})
+
+    def _run(self, full_command: list[str], env_vars: dict[str, str]) -> int:
         step = full_command[full_command.index("--function_to_execute") + 1].replace("_", "-")
         self._watcher.started(step)
         self._log.write(f"==== {step}\n")
@@ -100,9 +117,10 @@ class _Steps:
             self._log.flush()
             if _PROGRESS.fullmatch(line):
                 self._watcher.progress(step, line)
+            elif _NOTE.fullmatch(line):
+                self._watcher.noted(step, line)
 
-        environment = os.environ | self._environment | (env_vars or {})
-        code = follow(full_command, environment, hear)
+        code = follow(full_command, os.environ | self._environment | env_vars, hear, self.stopping)
         if code == 0:
             self._watcher.finished(step)
         else:
@@ -138,7 +156,7 @@ def _kfp_runs_through(steps: _Steps) -> Iterator[None]:
     root.setLevel(logging.INFO)
     subprocess_task_handler.run_local_subprocess = steps.run
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), announced(steps.stopping):
             warnings.simplefilter("ignore")  # that the image may not be Python's: no image is used
             yield
     finally:

@@ -7,15 +7,18 @@ import signal
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
-from threading import Thread
+from threading import Event, Thread
 from typing import IO
 
 from moeprune.services.signals import deferred
 
+_SECONDS_BETWEEN_LOOKS = 0.2
 GRACE_SECONDS = 20.0  # for an interrupted step to tell MLflow and remove what it was writing
 
 
-def follow(command: list[str], environment: dict[str, str], on_line: Callable[[str], None]) -> int:
+def follow(
+    command: list[str], environment: dict[str, str], on_line: Callable[[str], None], stopping: Event | None = None
+) -> int:
     """Run a command to its end, or until this process is told to stop; returns its exit code.
 
     It leads a process group of its own. The terminal's Ctrl-C reaches only us, whoever it was sent by or to; we pass it
@@ -23,6 +26,7 @@ def follow(command: list[str], environment: dict[str, str], on_line: Callable[[s
 
     Args:
         on_line: called with each line of its output, standard error included, in a thread.
+        stopping: set when this process is told to stop; a thread that is not the main one hears of it in no other way.
     """
     process = None
     try:
@@ -39,7 +43,10 @@ def follow(command: list[str], environment: dict[str, str], on_line: Callable[[s
             )
             reader = Thread(target=_read, args=(process.stdout, on_line), daemon=True)
             reader.start()
-        reader.join()
+        while reader.is_alive():
+            reader.join(_SECONDS_BETWEEN_LOOKS if stopping else None)
+            if stopping and stopping.is_set():
+                raise KeyboardInterrupt
         return process.wait()
     except BaseException:
         if process:

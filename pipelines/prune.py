@@ -9,6 +9,8 @@ from moeprune.components.cluster import cluster
 from moeprune.components.distill import distill
 from moeprune.components.evaluate import evaluate
 from moeprune.components.global_prune import global_prune
+from moeprune.components.merge_stats import merge_stats
+from moeprune.components.prepare import prepare
 from moeprune.components.promote import promote
 
 from .on_a_cluster import use_services
@@ -38,6 +40,9 @@ def prune(
     text_field: str = "text",
     block_tokens: int = 256,
     calibration_blocks: int = 128,
+    calibration_sequences: str = "packed",
+    calibration_shards: int = 1,
+    calibration_dtype: str = "auto",
     distillation_blocks: int = 384,
     evaluation_blocks: int = 32,
     learning_rate: float = 1e-3,
@@ -52,7 +57,8 @@ def prune(
         model: The model: a directory, an s3:// address, a Hugging Face hub id, or builtin://reference.
         data: Text of the domain to prune for, and to recover on: JSONL, plain text or Parquet (a path or an s3://
             address), a hub data set id, or builtin://code, builtin://prose, builtin://arithmetic. Several, separated by
-            commas, are mixed in equal shares.
+            commas, are mixed, in equal shares or by weights (code.jsonl*3,prose.txt); %2C, %2A and %25 stand for a
+            comma, star and percent sign in a name.
         evaluation_data: Held-out texts to measure on, as a JSON list of such addresses, that of the domain first.
         method: How to choose the experts that stay: c-prune, frequency or random.
         ratio: Fraction of the routed experts to remove, at least 0 and below 1.
@@ -61,6 +67,12 @@ def prune(
         text_field: Field of JSONL or Parquet that holds the text.
         block_tokens: Tokens per block; texts are joined and cut into blocks.
         calibration_blocks: Blocks to calibrate on at most.
+        calibration_sequences: Either packed (documents are joined and cut into full blocks) or documents (one document
+            per block, padded, a long one in several).
+        calibration_shards: Tasks that share the calibration; each loads the model and takes every so manieth batch of
+            the blocks. The result is the same, bit for bit.
+        calibration_dtype: Of the model while calibrating: float32, bfloat16, or auto (bfloat16 on a GPU, float32 on a
+            CPU).
         distillation_blocks: Blocks to recover on at most.
         evaluation_blocks: Blocks of each held-out text to measure on at most.
         learning_rate: Of the recovery, its peak.
@@ -77,8 +89,21 @@ def prune(
     """
     texts = {"text_field": text_field, "block_tokens": block_tokens, "trust_remote_code": trust_remote_code}
 
-    calibrated = calibrate(model=model, data=data, max_blocks=calibration_blocks, **texts)
-    stats = calibrated.outputs["stats"]
+    prepared = prepare(method=method, baselines=baselines, shards=calibration_shards)
+    with dsl.ParallelFor(prepared.output, name="calibration shards") as share:
+        calibrated = calibrate(
+            model=model,
+            data=data,
+            statistics=share.statistics,
+            max_blocks=calibration_blocks,
+            sequences=calibration_sequences,
+            shard=share.shard,
+            shards=calibration_shards,
+            dtype=calibration_dtype,
+            **texts,
+        )
+    merged = merge_stats(parts=dsl.Collected(calibrated.outputs["stats"]))
+    stats = merged.outputs["stats"]
     clustered = cluster(stats=stats)
     clusters = clustered.outputs["clusters"]
     pruned = global_prune(
@@ -119,7 +144,7 @@ def prune(
 
     # What a run is compared by is made in that run, whatever was made before: only what all runs on the same model and
     # data share is taken from a cache.
-    reusable, unique = (calibrated, clustered), (pruned, recovered, measured, judged)
+    reusable, unique = (prepared, calibrated, merged, clustered), (pruned, recovered, measured, judged)
     for task in reusable:
         task.set_caching_options(enable_caching=True)
     for task in unique:

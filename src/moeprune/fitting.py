@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import torch
 
 from moeprune.errors import InputError
-
-_log = logging.getLogger(__name__)
+from moeprune.progress import note
 
 
 class Fitting:
@@ -20,7 +18,7 @@ class Fitting:
         self._doing = doing
         self._largest: int | None = None
 
-    def run(self, rows: int, work: Callable[[slice], None]) -> None:
+    def run(self, rows: int, work: Callable[[slice], object]) -> None:
         """Do the work on all of so many rows, in order.
 
         Where it runs out of memory, its slice is cut into halves, so that each slice that is tried lies within one
@@ -42,11 +40,11 @@ class Fitting:
                         "a machine with more memory"
                     )
                 self._largest = (size + 1) // 2
-                _log.warning("memory ran out while %s: going on with batches of %d", self._doing, self._largest)
+                note(f"memory ran out while {self._doing} {size} sequences at once; going on with {self._largest}")
             middle = part.start + (size + 1) // 2
             pending += [slice(middle, part.stop), slice(part.start, middle)]
 
-    def _fits(self, work: Callable[[slice], None], part: slice) -> bool:
+    def _fits(self, work: Callable[[slice], object], part: slice) -> bool:
         try:
             work(part)
         except (RuntimeError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""Progress on screen: a bar on a terminal, a line now and then in a log."""
+"""Progress on screen: a bar on a terminal, a line now and then in a log; and what a user should know of besides."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def progress(label: str) -> Iterator[Advance]:
             sys.stderr.flush()
 
     yield say
+
+
+def note(sentence: str) -> None:
+    """Tell the user of something that is no error, but not as it was asked for either."""
+    sys.stderr.write(f"note: {sentence}\n")
+    sys.stderr.flush()
 
 
 def _bar(console: Console) -> Progress:

@@ -9,14 +9,15 @@ from rich.console import Console
 
 import moeprune
 from moeprune.clusters import ALGORITHMS
-from moeprune.methods import METHODS
+from moeprune.methods import BASELINES, DEFAULT, METHODS, statistics_for
 from moeprune.places import REFERENCE_MODEL
 
 app = typer.Typer(
     help="Make a Mixture-of-Experts LLM smaller for a domain, and prove what it kept. MODEL is a local directory, an "
     f"s3:// address, a hub id or {REFERENCE_MODEL}; DATA is JSONL, plain text or Parquet in the same places, a hub "
     "data set id, or builtin://code, builtin://prose, builtin://arithmetic (held-out texts: builtin://code/held-out). "
-    "Several sources, separated by commas, are mixed in equal shares.",
+    "Several sources, separated by commas, are mixed, in equal shares or by weights: code.jsonl*3,prose.txt*1 takes "
+    "three blocks of the first for each of the second. A comma, star or percent sign in a name is %2C, %2A or %25.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -31,6 +32,11 @@ PlanOption = Annotated[str, typer.Option("--plan", metavar="FILE", help="the Pla
 FieldOption = Annotated[str, typer.Option(help="field of JSONL or Parquet that holds the text")]
 BlockOption = Annotated[int, typer.Option(help="tokens per block; texts are joined and cut into blocks")]
 BatchOption = Annotated[int, typer.Option(help="blocks per forward pass")]
+SEQUENCES_HELP = (
+    "packed: documents are joined and cut into full blocks; documents: one document per block, padded, a long one in "
+    "several"
+)
+DTYPE_HELP = "of the model in memory: float32, bfloat16, or auto (bfloat16 on a GPU, float32 on a CPU)"
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="run modelling code that the model brings along")
 ]
@@ -72,10 +78,26 @@ def calibrate(
     text_field: FieldOption = "text",
     block_tokens: BlockOption = 256,
     max_blocks: Annotated[int, typer.Option(help="blocks to read at most")] = 128,
-    batch_blocks: BatchOption = 8,
+    sequences: Annotated[str, typer.Option(help=SEQUENCES_HELP)] = "packed",
+    batch_blocks: Annotated[
+        int | None,
+        typer.Option(
+            help="blocks per forward pass, halved where memory runs out; default: as many as make 8,192 tokens",
+            show_default=False,
+        ),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            metavar="METHOD",
+            help="method to collect statistics for, repeatable; default: " + ", ".join([DEFAULT, *BASELINES]),
+        ),
+    ] = None,
     groups: Annotated[int, typer.Option(help="groups of blocks that vote on C-Prune's clusters, each for itself")] = 8,
     shard: Annotated[int, typer.Option(help="which shard of the data to take, from 0")] = 0,
     shards: Annotated[int, typer.Option(help="how many shards there are; `merge-stats` adds them up")] = 1,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Run DATA through MODEL once and take down what its experts do (Stats)."""
@@ -85,13 +107,16 @@ def calibrate(
         model,
         data,
         out,
+        statistics=statistics_for(methods or [DEFAULT, *BASELINES]),
         text_field=text_field,
+        sequences=sequences,
         block_tokens=block_tokens,
         max_blocks=max_blocks,
         batch_blocks=batch_blocks,
         groups=groups,
         shard=shard,
         shards=shards,
+        dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
     console.print(f"{out}: {len(stats.layers)} MoE layers over {stats.tokens:,} tokens")

@@ -11,8 +11,9 @@ from moeprune.builtin import corpus
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.errors import InputError
 from moeprune.methods import check_ratio, check_room, find, parse_options
-from moeprune.steps.machine import quieten
-from moeprune.texts import read_blocks, short_name
+from moeprune.sources import format_sources, mixture_name, parse_sources
+from moeprune.steps.machine import dtype_named, quieten
+from moeprune.texts import check_sequences, read_blocks
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -42,7 +43,9 @@ def check_run(arguments: dict[str, Any]) -> None:
     parse_options(method, arguments["method_options"])
     for baseline in arguments["baselines"]:
         find(baseline)
-    names = [short_name(text) for text in arguments["evaluation_data"]]
+    dtype_named(arguments["calibration_dtype"])
+    check_sequences(arguments["calibration_sequences"])
+    names = [mixture_name(text) for text in arguments["evaluation_data"]]
     if len(set(names)) < len(names):
         raise InputError(f"two texts to measure on have the same name ({', '.join(names)}); rename a file")
     model = arguments["model"]
@@ -60,10 +63,12 @@ def _check_model_and_texts(arguments: dict[str, Any]) -> None:
                 check_room(arguments["ratio"], name, layer.experts, top_k)
         tokenizer = checkpoint.tokenizer()
     block_tokens, text_field = arguments["block_tokens"], arguments["text_field"]
-    for source in [*arguments["data"].split(","), *arguments["evaluation_data"]]:
-        is_file = PurePosixPath(source).suffix or not _may_be_on_the_hub(source)
-        if is_file and not places.is_remote(source):
-            read_blocks(source, tokenizer, block_tokens=block_tokens, max_blocks=1, text_field=text_field)
+    for mixture in [arguments["data"], *arguments["evaluation_data"]]:
+        for source in parse_sources(mixture):
+            is_file = PurePosixPath(source.address).suffix or not _may_be_on_the_hub(source.address)
+            if is_file and not places.is_remote(source.address):
+                alone = format_sources([source])
+                read_blocks(alone, tokenizer, block_tokens=block_tokens, max_blocks=1, text_field=text_field)
 
 
 def _may_be_on_the_hub(address: str) -> bool:

@@ -15,6 +15,8 @@ import typer
 from moeprune import tracking
 from moeprune.atomic import write_beside
 from moeprune.cli.app import (
+    DTYPE_HELP,
+    SEQUENCES_HELP,
     BlockOption,
     DataOption,
     FieldOption,
@@ -31,8 +33,10 @@ from moeprune.cli.services import STATE, MlflowPortOption, S3PortOption, StateOp
 from moeprune.errors import InputError
 from moeprune.evaluation.report import Report
 from moeprune.evaluation.table import show
+from moeprune.methods import BASELINES, DEFAULT
 from moeprune.places import REFERENCE_MODEL
 from moeprune.services import MLFLOW_PORT, S3_PORT, Services, running, session
+from moeprune.sources import with_addresses
 
 
 @app.command()
@@ -47,16 +51,21 @@ def run(
             "not one of the built-in texts, each of which has its own",
         ),
     ] = "",
-    method: MethodOption = "c-prune",
+    method: MethodOption = DEFAULT,
     ratio: RatioOption = 0.5,
     method_options: SettingOption = None,
     baselines: Annotated[
         str,
         typer.Option(metavar="METHOD,...", help="methods to hold the result against at the same ratio; '' for none"),
-    ] = "frequency,random",
+    ] = ",".join(BASELINES),
     text_field: FieldOption = "text",
     block_tokens: BlockOption = 256,
     calibration_blocks: Annotated[int, typer.Option(min=1, help="blocks to calibrate on at most")] = 128,
+    calibration_sequences: Annotated[str, typer.Option(help=SEQUENCES_HELP)] = "packed",
+    calibration_shards: Annotated[
+        int, typer.Option(min=1, help="shards that calibration is split into; here they run one after another")
+    ] = 1,
+    calibration_dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     distillation_blocks: Annotated[int, typer.Option(min=1, help="blocks to recover on at most")] = 384,
     evaluation_blocks: Annotated[
         int, typer.Option(min=1, help="blocks of each held-out text to measure on at most")
@@ -85,8 +94,8 @@ def run(
 
     arguments = {
         "model": _absolute(model),
-        "data": ",".join(_absolute(source.strip()) for source in data.split(",")),
-        "evaluation_data": [_absolute(text) for text in evaluation_texts(evaluation_data, data)],
+        "data": with_addresses(data, _absolute),
+        "evaluation_data": [with_addresses(text, _absolute) for text in evaluation_texts(evaluation_data, data)],
         "method": method,
         "ratio": ratio,
         "method_options": parse_settings(method_options),
@@ -94,6 +103,9 @@ def run(
         "text_field": text_field,
         "block_tokens": block_tokens,
         "calibration_blocks": calibration_blocks,
+        "calibration_sequences": calibration_sequences,
+        "calibration_shards": calibration_shards,
+        "calibration_dtype": calibration_dtype,
         "distillation_blocks": distillation_blocks,
         "evaluation_blocks": evaluation_blocks,
         "learning_rate": learning_rate,
@@ -130,7 +142,7 @@ def _run(name: str, arguments: dict[str, Any], state: Path, screen: Screen) -> N
             )
         except StepError as error:
             raise StepError(f"{error}\nIts whole output is in {log_path}") from None
-        tracked.tags({"moeprune.reused": ", ".join(screen.reused_steps) or "nothing"})
+        tracked.tags({"moeprune.reused": ", ".join(dict.fromkeys(screen.reused_steps)) or "nothing"})
         mlflow_address = tracked.url
     folder = state / "reports" / name
     for kind, output in {"report.json": "report", "report.html": "page"}.items():

@@ -45,6 +45,9 @@ class Screen:
         else:
             self.console.print(f"  {text}")
 
+    def noted(self, step: str, note: str) -> None:
+        self.console.print(f"  {step}: {note}")
+
     def finished(self, step: str, remark: str = "") -> None:
         self._stop()
         seconds = time.monotonic() - self._started

@@ -20,10 +20,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from moeprune.checkpoint.layout import expert_count
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.errors import InputError
 from moeprune.evaluation.report import Quality
+from moeprune.fitting import Fitting
 from moeprune.statistics.observer import ExpertsCall, observe
 from moeprune.texts import Blocks
 
@@ -71,50 +71,88 @@ def _measure_here(
     model = checkpoint.load()
     quality: dict[str, Quality] = {}
     speeds: list[float] = []
+    fitting = Fitting("measuring on")
     with torch.inference_mode():
         # The first pass pays for allocations and kernel choices; it is not timed.
-        model(input_ids=data[0].ids_BS[:batch_blocks].to(model.device), use_cache=False)
+        warm_up_BS = data[0].ids_BS[:batch_blocks]
+        fitting.run(len(warm_up_BS), lambda rows: _logits(model, warm_up_BS[rows]))
         for blocks in data:
-            quality[blocks.name] = _quality(model, blocks, batch_blocks, speeds)
+            quality[blocks.name] = _quality(model, blocks, batch_blocks, fitting, speeds)
         peak = _peak_memory_bytes() - baseline
         expert_use = (
-            {blocks.name: _expert_use(model, blocks, batch_blocks) for blocks in data} if with_expert_use else {}
+            {blocks.name: _expert_use(model, blocks, batch_blocks, fitting) for blocks in data}
+            if with_expert_use
+            else {}
         )
     return Measured(quality, peak, statistics.median(speeds), expert_use)
 
 
-def _quality(model: PreTrainedModel, blocks: Blocks, batch_blocks: int, speeds: list[float]) -> Quality:
+@dataclass
+class _Score:
+    """Sums over the positions that were predicted."""
+
+    loss: float = 0.0
+    hits: int = 0
+    predicted: int = 0
+
+
+def _quality(
+    model: PreTrainedModel, blocks: Blocks, batch_blocks: int, fitting: Fitting, speeds: list[float]
+) -> Quality:
     """Next-token loss and accuracy over all positions of each block but its first token."""
-    loss, hits, predicted = 0.0, 0, 0
+    score = _Score()
     for batch_BS in blocks.ids_BS.split(batch_blocks):
-        ids_BS = batch_BS.to(model.device)
-        started = time.perf_counter()
-        logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
-        _wait_for_device()
-        speeds.append(ids_BS.numel() / (time.perf_counter() - started))
-        for logits_SV, ids_S in zip(logits_BSV, ids_BS, strict=True):  # a block at a time: float32 logits are large
-            scores, target = logits_SV[:-1].float(), ids_S[1:]
-            loss += torch.nn.functional.cross_entropy(scores, target, reduction="sum").item()
-            hits += int((scores.argmax(-1) == target).sum())
-            predicted += len(target)
-    mean = loss / predicted
+        fitting.run(len(batch_BS), lambda rows, batch_BS=batch_BS: _add_score(model, batch_BS[rows], score, speeds))  # type: ignore[misc]
+    mean = score.loss / score.predicted
     if not math.isfinite(mean):
         raise InputError(
             f"the model's loss on {blocks.name} is not a number; its weights are damaged or overflow in this dtype"
         )
-    return Quality(loss_nats=mean, perplexity=math.exp(min(mean, 700)), accuracy=hits / predicted, tokens=predicted)
+    return Quality(
+        loss_nats=mean,
+        perplexity=math.exp(min(mean, 700)),
+        accuracy=score.hits / score.predicted,
+        tokens=score.predicted,
+    )
 
 
-def _expert_use(model: PreTrainedModel, blocks: Blocks, batch_blocks: int) -> dict[str, list[float]]:
+def _add_score(model: PreTrainedModel, ids_BS: torch.Tensor, into: _Score, speeds: list[float]) -> None:
+    started = time.perf_counter()
+    logits_BSV = _logits(model, ids_BS)
+    _wait_for_device()
+    seconds = time.perf_counter() - started
+    loss, hits = 0.0, 0
+    for logits_SV, ids_S in zip(logits_BSV, ids_BS.to(logits_BSV.device), strict=True):
+        scores, target = logits_SV[:-1].float(), ids_S[1:]  # a block at a time: float32 logits are large
+        loss += torch.nn.functional.cross_entropy(scores, target, reduction="sum").item()
+        hits += int((scores.argmax(-1) == target).sum())
+    # All at the end: where memory runs out before, nothing has been counted.
+    into.loss += loss
+    into.hits += hits
+    into.predicted += ids_BS[:, 1:].numel()
+    speeds.append(ids_BS.numel() / seconds)
+
+
+def _logits(model: PreTrainedModel, ids_BS: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids_BS.to(model.device), use_cache=False).logits
+
+
+def _expert_use(model: PreTrainedModel, blocks: Blocks, batch_blocks: int, fitting: Fitting) -> dict[str, list[float]]:
     routed: dict[str, torch.Tensor] = {}
 
-    def count(call: ExpertsCall) -> None:
-        seen = torch.bincount(call.index_TK.reshape(-1), minlength=expert_count(call.module))
-        routed[call.layer] = routed.get(call.layer, 0) + seen
+    def count(ids_BS: torch.Tensor) -> None:
+        seen: dict[str, torch.Tensor] = {}
 
-    with observe(model, count):
-        for batch_BS in blocks.ids_BS.split(batch_blocks):
-            model(input_ids=batch_BS.to(model.device), use_cache=False)
+        def look(call: ExpertsCall) -> None:
+            seen[call.layer] = torch.bincount(call.index_TK.reshape(-1), minlength=call.layer_experts)
+
+        with observe(model, look):
+            _logits(model, ids_BS)
+        for name, counts in seen.items():
+            routed[name] = routed.get(name, 0) + counts
+
+    for batch_BS in blocks.ids_BS.split(batch_blocks):
+        fitting.run(len(batch_BS), lambda rows, batch_BS=batch_BS: count(batch_BS[rows]))  # type: ignore[misc]
     return {name: (counts / counts.sum()).tolist() for name, counts in routed.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,6 +15,8 @@ from moeprune.plan import LayerPlan, Plan
 from moeprune.statistics import Stats
 
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (c_prune, frequency, random)}
+DEFAULT = "c-prune"
+BASELINES = ("frequency", "random")  # what a result is held against where nothing else is said
 
 
 def make_plan(
@@ -30,10 +33,11 @@ def make_plan(
 
     Raises:
         InputError: unknown method or option, a ratio outside its range or one that leaves a layer fewer experts than
-            run for a token, or Clusters that were made from other Stats.
+            run for a token, Stats that lack what the method needs, or Clusters that were made from other Stats.
     """
     chosen = find(method)
     check_ratio(ratio)
+    _check_statistics(chosen, stats)
     for name, layer in stats.layers.items():
         check_room(ratio, name, layer.experts, layer.top_k)
     if clusters and (clusters.model, clusters.data) != (stats.model, stats.data):
@@ -56,6 +60,20 @@ def find(name: str) -> Method:
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}; known: {', '.join(sorted(METHODS))}")
     return METHODS[name]
+
+
+def statistics_for(methods: Iterable[str]) -> list[str]:
+    """What calibration must collect for these methods, sorted. Raises InputError for an unknown method."""
+    return sorted(frozenset().union(*(find(name).statistics for name in methods)))
+
+
+def _check_statistics(method: Method, stats: Stats) -> None:
+    for layer in stats.layers.values():
+        if lacking := sorted(method.statistics - layer.counts.keys() - layer.sums.keys()):
+            raise InputError(
+                f"these Stats do not hold {', '.join(lacking)}, which {method.name} needs; calibrate again with "
+                f"`moeprune calibrate --for {method.name}`"
+            )
 
 
 def check_ratio(ratio: float) -> None:

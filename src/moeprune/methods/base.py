@@ -43,6 +43,7 @@ class Method:
         decide: `(evidence, ratio, options) -> indices of the experts that stay, by layer`.
         options: the type of its options.
         uses_clusters: whether the evidence must hold Clusters.
+        statistics: what the Stats must hold, by the names that `statistics.collectors` registers.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Method:
     decide: Callable[[Evidence, float, Any], Keep]
     options: type[Options] = Options
     uses_clusters: bool = False
+    statistics: frozenset[str] = frozenset()
 
 
 def count_of(ratio: float, experts: int) -> int:

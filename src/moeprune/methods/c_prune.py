@@ -101,4 +101,5 @@ METHOD = Method(
     decide,
     CPruneOptions,
     uses_clusters=True,
+    statistics=frozenset({"routed_tokens", "probe_output"}),
 )

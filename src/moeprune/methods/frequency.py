@@ -14,4 +14,9 @@ def decide(evidence: Evidence, ratio: float, options: Options) -> Keep:
     }
 
 
-METHOD = Method("frequency", "drop the experts that receive the fewest calibration tokens, layer by layer", decide)
+METHOD = Method(
+    "frequency",
+    "drop the experts that receive the fewest calibration tokens, layer by layer",
+    decide,
+    statistics=frozenset({"routed_tokens"}),
+)

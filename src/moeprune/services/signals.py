@@ -38,6 +38,21 @@ def raised() -> Iterator[None]:
 
 
 @contextmanager
+def announced(stopping: threading.Event) -> Iterator[None]:
+    """Set the event when a stop signal comes, before it takes effect: what other threads wait for must know, too."""
+    previous = {int(number): signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def announce(number: int, frame: FrameType | None) -> None:
+        stopping.set()
+        handler = previous[number]
+        assert callable(handler)
+        handler(number, frame)
+
+    with _handling(announce, callable):
+        yield
+
+
+@contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None], replaces: Callable[[object], bool]) -> Iterator[None]:
     previous = {}
     try:

@@ -106,7 +106,10 @@ def shard_of(batches: list[Batch], shard: int, shards: int) -> list[Batch]:
     if not 0 <= shard < shards:
         raise InputError(f"shard {shard} of {shards} does not exist; shards are counted from 0")
     if not (taken := batches[shard::shards]):
-        raise InputError(f"shard {shard} of {shards} has no data: there are only {len(batches)} batches")
+        raise InputError(
+            f"shard {shard} of {shards} has no data: there are only {len(batches)} batches; use fewer shards, smaller "
+            "batches or more text"
+        )
     return taken
 
 

@@ -53,7 +53,7 @@ class LayerStats:
         if name not in table:
             raise InputError(
                 f"these Stats do not hold {name!r} (they hold {', '.join(sorted([*self.counts, *self.sums]))}); "
-                "calibrate again"
+                "calibrate again, for a method that needs it: `moeprune calibrate --for METHOD`"
             )
         return table[name]
 

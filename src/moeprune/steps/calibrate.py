@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 from moeprune import places, tracking
 from moeprune.atomic import refuse_directory
 from moeprune.checkpoint.loading import Checkpoint
+from moeprune.methods import BASELINES, DEFAULT, statistics_for
 from moeprune.progress import progress
 from moeprune.statistics import Stats, merge
 from moeprune.statistics.calibration import GROUPS
@@ -21,26 +23,38 @@ def calibrate(
     data: str,
     out: str,
     *,
+    statistics: Iterable[str] | None = None,
     text_field: str = "text",
+    sequences: str = "packed",
     block_tokens: int = 256,
     max_blocks: int = 128,
     batch_blocks: int | None = None,
     groups: int = GROUPS,
     shard: int = 0,
     shards: int = 1,
+    dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Stats:
-    """Collect Stats of `model` on `data` and put them at `out`. See `statistics.calibration.calibrate` and `texts`."""
+    """Collect Stats of `model` on `data` and put them at `out`. See `statistics.calibration.calibrate` and `texts`.
+
+    A shard reads and tokenises all the text, since where a block begins depends on what is before it, and runs only its
+    own blocks, which takes hundreds of times longer.
+
+    Args:
+        statistics: what to collect; by default what the default method and the baselines need.
+        dtype: of the model in memory (`machine.DTYPES`).
+    """
     machine.quieten()
     params = {
         "model": model,
         "data": data,
         "block_tokens": block_tokens,
         "max_blocks": max_blocks,
+        "sequences": sequences,
         "shard": f"{shard}/{shards}",
     }
     with (
-        tracking.step("calibrate", params | machine.describe()) as run,
+        tracking.step("calibrate", params | machine.describe(dtype)) as run,
         places.output(out) as path,
         places.local_model(model) as directory,
     ):
@@ -48,16 +62,23 @@ def calibrate(
         checkpoint = Checkpoint(directory, trust_remote_code)
         fingerprint = checkpoint.fingerprint
         blocks = read_blocks(
-            data, checkpoint.tokenizer(), block_tokens=block_tokens, max_blocks=max_blocks, text_field=text_field
+            data,
+            checkpoint.tokenizer(),
+            block_tokens=block_tokens,
+            max_blocks=max_blocks,
+            text_field=text_field,
+            sequences=sequences,
         )
         run.dataset(blocks.name, blocks.address, blocks.fingerprint, "calibration", blocks.tokens)
-        loaded = checkpoint.load()
+        loaded = checkpoint.load(machine.dtype_named(dtype))
         started = time.monotonic()
         with progress("calibrate") as on_progress:
             stats = collect(
                 InMemoryPass(loaded),
                 fingerprint,
                 blocks.ids_BS,
+                blocks.mask_BS,
+                statistics=statistics_for([DEFAULT, *BASELINES]) if statistics is None else statistics,
                 source=blocks.address,
                 groups=groups,
                 batch_blocks=batch_blocks,

@@ -17,8 +17,8 @@ from moeprune.clusters import Clusters
 from moeprune.methods import check_ratio, find, make_plan, parse_options
 from moeprune.plan import Plan
 from moeprune.progress import progress
+from moeprune.sources import mixture_name
 from moeprune.statistics import Stats
-from moeprune.texts import short_name
 from moeprune.tracking import TrackedRun
 
 
@@ -124,7 +124,7 @@ def _own_and_pipelines(run: TrackedRun) -> list[TrackedRun]:
 
 def _log_calibration_data(run: TrackedRun, stats: Stats) -> None:
     """Also to the pipeline's run: where calibration was reused from an earlier one, nobody else would."""
-    name = "+".join(short_name(source) for address in stats.sources for source in address.split(","))
+    name = "+".join(map(mixture_name, stats.sources))
     for tracked in _own_and_pipelines(run):
         tracked.dataset(name, ",".join(stats.sources), stats.data, "calibration", stats.tokens)
 

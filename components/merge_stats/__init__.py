@@ -1,0 +1,3 @@
+from .component import merge_stats
+
+__all__ = ["merge_stats"]

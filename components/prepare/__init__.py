@@ -1,0 +1,3 @@
+from .component import prepare
+
+__all__ = ["prepare"]
