@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from sklearn.cluster import AgglomerativeClustering, KMeans
 
 from moeprune.atomic import write_beside
 from moeprune.errors import InputError
@@ -136,6 +135,8 @@ def assign(points_NH: np.ndarray, clusters: int, algorithm: str) -> tuple[np.nda
     Raises:
         InputError: unknown algorithm.
     """
+    from sklearn.cluster import AgglomerativeClustering, KMeans  # takes seconds, which no other step need spend
+
     match algorithm:
         case "ward" | "average":
             model = AgglomerativeClustering(n_clusters=clusters, linkage=algorithm)
