@@ -98,6 +98,13 @@ def calibrate(
     shard: Annotated[int, typer.Option(help="which shard of the data to take, from 0")] = 0,
     shards: Annotated[int, typer.Option(help="how many shards there are; `merge-stats` adds them up")] = 1,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="stay below SIZE, for example 2GiB, whatever the model's: layers are brought in one at a time",
+        ),
+    ] = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Run DATA through MODEL once and take down what its experts do (Stats)."""
@@ -117,6 +124,7 @@ def calibrate(
         shard=shard,
         shards=shards,
         dtype=dtype,
+        memory_limit=memory_limit,
         trust_remote_code=trust_remote_code,
     )
     console.print(f"{out}: {len(stats.layers)} MoE layers over {stats.tokens:,} tokens")

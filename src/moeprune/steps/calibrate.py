@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+import torch
+
 from moeprune import places, tracking
 from moeprune.atomic import refuse_directory
 from moeprune.checkpoint.loading import Checkpoint
@@ -13,8 +15,10 @@ from moeprune.progress import progress
 from moeprune.statistics import Stats, merge
 from moeprune.statistics.calibration import GROUPS
 from moeprune.statistics.calibration import calibrate as collect
-from moeprune.statistics.passes import InMemoryPass
+from moeprune.statistics.passes import ForwardPass, InMemoryPass
 from moeprune.steps import machine
+from moeprune.streaming.room import parse_bytes
+from moeprune.streaming.streamed import StreamedPass
 from moeprune.texts import read_blocks
 
 
@@ -33,6 +37,7 @@ def calibrate(
     shard: int = 0,
     shards: int = 1,
     dtype: str = "auto",
+    memory_limit: str | None = None,
     trust_remote_code: bool = False,
 ) -> Stats:
     """Collect Stats of `model` on `data` and put them at `out`. See `statistics.calibration.calibrate` and `texts`.
@@ -43,7 +48,10 @@ def calibrate(
     Args:
         statistics: what to collect; by default what the default method and the baselines need.
         dtype: of the model in memory (`machine.DTYPES`).
+        memory_limit: a size such as `2GiB` that the process keeps to, by bringing in a layer at a time, and of a large
+            one some experts at a time.
     """
+    limit = parse_bytes(memory_limit) if memory_limit else None
     machine.quieten()
     params = {
         "model": model,
@@ -52,6 +60,7 @@ def calibrate(
         "max_blocks": max_blocks,
         "sequences": sequences,
         "shard": f"{shard}/{shards}",
+        "memory_limit": memory_limit or "none",
     }
     with (
         tracking.step("calibrate", params | machine.describe(dtype)) as run,
@@ -70,11 +79,11 @@ def calibrate(
             sequences=sequences,
         )
         run.dataset(blocks.name, blocks.address, blocks.fingerprint, "calibration", blocks.tokens)
-        loaded = checkpoint.load(machine.dtype_named(dtype))
+        through = _through(checkpoint, machine.dtype_named(dtype), limit)
         started = time.monotonic()
         with progress("calibrate") as on_progress:
             stats = collect(
-                InMemoryPass(loaded),
+                through,
                 fingerprint,
                 blocks.ids_BS,
                 blocks.mask_BS,
@@ -96,6 +105,12 @@ def calibrate(
             }
         )
         return stats
+
+
+def _through(checkpoint: Checkpoint, dtype: torch.dtype | None, memory_limit: int | None) -> ForwardPass:
+    if memory_limit is None:
+        return InMemoryPass(checkpoint.load(dtype))
+    return StreamedPass(checkpoint, memory_limit=memory_limit, dtype=dtype)
 
 
 def merge_stats(parts: list[str], out: str) -> Stats:
