@@ -11,7 +11,7 @@ S3_PORT     ?= 8333
 export MLFLOW_PORT S3_PORT
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down test lint format compile reference-model lock clean
+.PHONY: help run up down test families lint format compile reference-model lock clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ down: $(VENV)/ready  ## stop them
 
 test: $(VENV)/ready-dev  ## the tests
 	@$(BIN)/pytest -q $(ARGS)
+
+families: $(VENV)/ready-dev  ## prune a tiny model of every family, and write docs/families.md
+	@$(BIN)/pytest -q tests/test_families.py --write-families
 
 lint: $(VENV)/ready-dev  ## style and types
 	@$(BIN)/ruff check .

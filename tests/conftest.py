@@ -31,6 +31,10 @@ from moeprune.services.ports import free_ports
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-families", action="store_true", help="write docs/families.md from tests/test_families.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _clean_home() -> Iterator[None]:
     yield

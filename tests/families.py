@@ -38,6 +38,11 @@ def discovered() -> list[str]:
     )
 
 
+def has_table(model_type: str) -> bool:
+    """Whether some of the layers choose experts by a table from token to expert."""
+    return "hash_moe" in (getattr(tiny_config(model_type), "mlp_layer_types", None) or [])
+
+
 # Field name -> its tiny value; the first match decides. A field that is 0, or not a number, stays as it is.
 _SIZES: list[tuple[str, int | float]] = [
     (r"vocab", VOCABULARY),
@@ -63,14 +68,17 @@ _EXPERTS: list[tuple[str, int]] = [
     (r"^num_experts_per_tok(en)?$|^moe_(top)?k$|^top_k_experts$", TOP_K),
     (r"intermediate_size$", 16),
 ]
-# A first layer without experts.
-_DENSE_LAYERS = [(r"^first_k_dense_replace$|^num_dense_layers$|^moe_layer_start_index$", 1)]
+# What a family can have, but has none of by default: a first layer without experts, shared experts.
+_OPTIONS = [
+    (r"^first_k_dense_replace$|^num_dense_layers$|^moe_layer_start_index$|^num_shared_experts$", 1),
+    (r"^shared_intermediate_size$", 16),
+]
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
+def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
     """A config of this family of a few kilobytes' model, with a layer of each kind that the family has."""
     config_class = CONFIG_MAPPING[model_type]
-    return config_class(**_merged(_shrunk(config_class), OVERRIDES.get(model_type, {})))
+    return config_class(**_merged(_shrunk(config_class), OVERRIDES.get(model_type, {}) | changes))
 
 
 def _shrunk(config_class: type[PretrainedConfig]) -> dict[str, Any]:
@@ -98,7 +106,7 @@ def _tiny_value(name: str, default: Any) -> int | float | None:
     rules = [
         *(_EXPERTS if default is None or default else []),
         *(_SIZES if default else []),
-        *_DENSE_LAYERS,
+        *_OPTIONS,
     ]
     rules = rules if is_number or default is None else []
     return next((tiny for pattern, tiny in rules if re.search(pattern, name)), None)

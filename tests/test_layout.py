@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
+import families
 import pytest
 import tiny
 import torch
@@ -87,6 +88,92 @@ def test_a_checkpoint_saved_under_the_model_s_own_names(family: str, tmp_path: P
     assert (
         largest_difference(plain_logits(pruned.load(), ids_BS), masked_logits(checkpoint.load(), keep, ids_BS)) < 1e-5
     )
+
+
+class TestLayersThatPredictFurtherTokens:
+    """Stored after the model's own layers, with experts of their own, and not loaded by transformers."""
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Path:
+        directory, config = tmp_path / "source", families.tiny_config("deepseek_v3", num_nextn_predict_layers=1)
+        tiny.build(config).save_pretrained(directory)
+        tensors = load_file(directory / "model.safetensors")
+        last, beyond = (f"model.layers.{config.num_hidden_layers - 1 + place}." for place in (0, 1))
+        tensors |= {name.replace(last, beyond): tensor + 1 for name, tensor in tensors.items() if last in name}
+        tensors[f"{beyond}eh_proj.weight"] = torch.zeros(32, 64)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        return directory
+
+    def test_they_are_left_out(self, source: Path, tmp_path: Path) -> None:
+        checkpoint = Checkpoint(source)
+        left_out = {name for name in checkpoint.files.entries if ".layers.3." in name}
+        assert len(left_out) > 3 * families.EXPERTS
+        assert checkpoint.layout.left_out.keys() == left_out
+        names, keep, ids_BS = list(checkpoint.layout.layers), [[0, 1, 4, 7]] * 2, tiny.token_ids(0)
+        pruned = apply(checkpoint, tiny.plan_for(names, keep, checkpoint.fingerprint), tmp_path / "pruned")
+        assert not [name for name in pruned.files.entries if ".layers.3." in name]
+        assert json.loads((pruned.directory / "config.json").read_text())["num_nextn_predict_layers"] == 0
+        expected = masked_logits(checkpoint.load(), keep, ids_BS)
+        assert largest_difference(plain_logits(pruned.load(), ids_BS), expected) < 1e-5
+
+    def test_those_without_experts_stay(self, source: Path) -> None:
+        tensors = {
+            name: tensor
+            for name, tensor in load_file(source / "model.safetensors").items()
+            if not (".layers.3." in name and ".experts." in name)
+        }
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+        layout = Checkpoint(source).layout
+        assert (layout.left_out, layout.config_changes) == ({}, {})
+
+
+class TestPrunedBefore:
+    def test_evenly_it_is_an_original_like_any_other(self, qwen: Path, tmp_path: Path) -> None:
+        first, keep = Checkpoint(qwen), [[0, 1, 3, 4, 6]] * 3
+        names = list(first.layout.layers)
+        second = apply(first, tiny.plan_for(names, keep, first.fingerprint), tmp_path / "once")
+        plan = tiny.plan_for(names, [[0, 2, 4]] * 3, second.fingerprint, experts=5)
+        ids_BS = tiny.token_ids(0)
+        expected = masked_logits(first.load(), [[0, 3, 6]] * 3, ids_BS)
+        twice = apply(second, plan, tmp_path / "twice").load()
+        assert largest_difference(plain_logits(twice, ids_BS), expected) < 1e-5
+
+    def test_unevenly_a_sentence_says_what_to_do(self, qwen: Path, tmp_path: Path) -> None:
+        first = Checkpoint(qwen)
+        plan = tiny.plan_for(list(first.layout.layers), [[0, 1, 2], [0, 1], [3, 4, 5, 6]], first.fingerprint)
+        uneven = apply(first, plan, tmp_path / "uneven")
+        with pytest.raises(InputError, match=r"2 to 4 experts.*calibrate and prune the original"):
+            _ = uneven.layout
+
+
+class TestWhatIsToldByName:
+    """Layouts that a family has, but no experiment on the tiny ones above shows."""
+
+    def test_groups_must_keep_enough_to_choose_from(self, tmp_path: Path) -> None:
+        config = families.tiny_config("deepseek_v3")
+        tiny.build(config).save_pretrained(tmp_path / "source")
+        checkpoint = Checkpoint(tmp_path / "source")
+        plan = tiny.plan_for(list(checkpoint.layout.layers), [[0, 4]] * 2, checkpoint.fingerprint)
+        with pytest.raises(InputError, match="keeps only 1; keep more of each group"):
+            apply(checkpoint, plan, tmp_path / "pruned")
+
+    def test_a_published_text_model_of_a_larger_one(self, tmp_path: Path) -> None:
+        source = tmp_path / "source"
+        tiny.build(families.tiny_config("qwen3_5_moe_text")).save_pretrained(source)
+        tensors = load_file(source / "model.safetensors")
+        published = {
+            name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name: tensor
+            for name, tensor in tensors.items()
+        } | {"model.visual.patch_embed.weight": torch.ones(3)}
+        save_file(published, source / "model.safetensors", metadata={"format": "pt"})
+        checkpoint = Checkpoint(source)
+        names = list(checkpoint.layout.layers)
+        keep, ids_BS = [[0, 1, 4], [2, 3, 7]] * 2, tiny.token_ids(0)
+        pruned = apply(checkpoint, tiny.plan_for(names, keep, checkpoint.fingerprint), tmp_path / "pruned")
+        assert pruned.files.entries.keys() < published.keys()
+        assert "model.visual.patch_embed.weight" in pruned.files.entries
+        expected = masked_logits(checkpoint.load(), keep, ids_BS)
+        assert largest_difference(plain_logits(pruned.load(), ids_BS), expected) < 1e-5
 
 
 class TestFingerprint:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moeprune.checkpoint import modelling
 from moeprune.checkpoint.byte_sources import ByteSource
 from moeprune.checkpoint.files import CheckpointFiles
 from moeprune.checkpoint.identity import fingerprint
 from moeprune.checkpoint.layout import Layout, find_layout
+from moeprune.checkpoint.unsupported import quantisation, refuse_quantisation
 from moeprune.errors import InputError
 
 
@@ -74,7 +77,7 @@ class Checkpoint:
         return tokenizer
 
     def load(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
-        """Load the model for inference.
+        """Load the model for inference. Quantised weights are undone, so that experts compute the same on any device.
 
         Args:
             dtype: of the weights in memory; by default that of the device (`default_dtype`).
@@ -92,6 +95,7 @@ class Checkpoint:
                 dtype=dtype or default_dtype(device),
                 trust_remote_code=trusted,
                 output_loading_info=True,
+                **_undo_quantisation(self.config),
             )
         except (ValueError, OSError, RuntimeError, KeyError) as error:
             raise InputError(f"{self.directory} cannot be loaded: {_first_line(error)}") from error
@@ -101,6 +105,16 @@ class Checkpoint:
                 f"{self.directory} does not fit its architecture; missing or misshapen: {', '.join(absent[:3])}"
             )
         return model.to(device).eval()
+
+
+def _undo_quantisation(config: PretrainedConfig) -> dict[str, QuantizationConfigMixin]:
+    """The argument with which transformers undoes the quantisation of stored weights; none where they are not."""
+    if quantisation(config) is None:
+        return {}
+    refuse_quantisation(config)
+    stated = config.quantization_config
+    stated = stated if isinstance(stated, dict) else stated.to_dict()
+    return {"quantization_config": AutoQuantizationConfig.from_dict({**stated, "dequantize": True})}
 
 
 def default_device() -> torch.device:

@@ -49,11 +49,11 @@ def as_stored_here(ways: list[StoredExperts], layer: str, files: CheckpointFiles
     Raises:
         InputError: it follows none of them.
     """
-    for way in ways:
-        complete = _with_companions(way, files)
-        if all(name in files.entries and files.entries[name].shape == shape for name, shape in complete.shapes.items()):
-            return complete
-    missing = sorted(set(ways[0].shapes) - set(files.entries))
+    complete = [_with_companions(way, files) for way in ways]
+    for way in complete:
+        if all(name in files.entries and files.entries[name].shape == shape for name, shape in way.shapes.items()):
+            return way
+    missing = min((sorted(set(way.shapes) - set(files.entries)) for way in complete), key=len)
     raise InputError(
         f"{files.address} does not hold the experts of {layer} as its config describes them; "
         + (f"missing: {', '.join(missing[:3])}" if missing else "their shapes differ")
