@@ -72,6 +72,16 @@ class Ran:
     output: str
 
 
+# A process begins with the peak memory of the one that starts it, so a small one starts it.
+_LAUNCHER = """
+import json, os, sys
+pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+told = [os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss]
+os.write(int(sys.argv[1]), json.dumps(told).encode())
+"""
+
+
 def run(command: Sequence[str | Path], before_start: Callable[[], None] | None = None, **environment: str) -> Ran:
     """Run a command to its end.
 
@@ -82,23 +92,26 @@ def run(command: Sequence[str | Path], before_start: Callable[[], None] | None =
     Raises:
         RuntimeError: it failed; with what it printed.
     """
+    read_end, write_end = os.pipe()
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [str(part) for part in command],
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(write_end), *(str(part) for part in command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | environment,
         preexec_fn=before_start,
-    )
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{output[-4000:]}")
-    peak = usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
-    return Ran(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak, output)
+        pass_fds=[write_end],
+    ) as process:
+        os.close(write_end)
+        output, _ = process.communicate()
+    took = time.perf_counter() - started
+    with os.fdopen(read_end) as pipe:
+        told = pipe.read()
+    code, cpu_seconds, peak = json.loads(told) if told else (process.returncode, 0.0, 0)
+    if code:
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with {code}:\n{output[-4000:]}")
+    return Ran(took, cpu_seconds, peak if sys.platform == "darwin" else peak * 1024, output)
 
 
 def machine() -> dict[str, str]:
@@ -134,7 +147,7 @@ def publish(name: str, title: str, rows: Sequence[dict[str, Any]], raw: Any, not
     text = f"# {title}\n\n`{command}`, {datetime.now(UTC):%Y-%m-%d}; {where}\n\n{table(rows)}\n"
     if notes:
         text += f"\n{notes}\n"
-    print(text)
+    sys.stdout.write(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text)
     record = {"command": command, "machine": machine(), "raw": raw}
