@@ -101,7 +101,7 @@ class S3Target:
         self.address = address.rstrip("/")
         self._bucket, self._key = s3.bucket_and_key(address)
 
-    def refuse_if_taken(self) -> None:
+    def refuse_if_unusable(self) -> None:
         self._jobs_by_key(s3.client())
 
     @contextmanager

@@ -67,7 +67,7 @@ def cut(
     Raises:
         InputError: the plan is for another model, the place is taken, or the source cannot be read.
     """
-    target.refuse_if_taken()
+    target.refuse_if_unusable()
     check_fits(source, plan)
     texts = _texts(source, plan)
     files = source.files

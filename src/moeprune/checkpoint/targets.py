@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from moeprune.atomic import PART, continue_beside, refuse_to_overwrite, refuse_without_room
+from moeprune.atomic import PART, continue_beside, refuse_to_overwrite, refuse_unwritable, refuse_without_room
 from moeprune.checkpoint.shards import PlannedShard, is_written
 
 
@@ -41,8 +41,8 @@ class Target(Protocol):
     @property
     def address(self) -> str: ...
 
-    def refuse_if_taken(self) -> None:
-        """Raise InputError where something is there already."""
+    def refuse_if_unusable(self) -> None:
+        """Raise InputError where something is there already, or nothing can be put there. Nothing is changed."""
 
     def open(self, job: str) -> AbstractContextManager[OpenTarget]:
         """Begin or continue a job, named by a digest of all that it is made from; after the block it is complete.
@@ -62,8 +62,9 @@ class LocalTarget:
     def address(self) -> str:
         return str(self._path)
 
-    def refuse_if_taken(self) -> None:
+    def refuse_if_unusable(self) -> None:
         refuse_to_overwrite(self._path)
+        refuse_unwritable(self._path)
 
     @contextmanager
     def open(self, job: str) -> Iterator[OpenTarget]:
