@@ -118,6 +118,31 @@ def test_scales_that_are_not_there_are_missed(tmp_path: Path) -> None:
         _ = Checkpoint(directory).layout
 
 
+def test_whatever_lies_below_an_expert_s_name_is_the_expert_s(tmp_path: Path) -> None:
+    directory = write(tmp_path / "source", *FORMS["fp8"])
+    tensors = load_file(directory / "model.safetensors")
+    ups = [name for name in tensors if name.endswith(".up_proj.weight") and ".mlp.experts." in name]
+    scale_of = {name.replace(".weight", ".input_scale"): torch.rand(()) for name in ups}
+    save_file(tensors | scale_of, directory / "model.safetensors", metadata={"format": "pt"})
+    checkpoint, keep = Checkpoint(directory), [1, 3, 4, 5]
+    names = list(checkpoint.layout.layers)
+    pruned = apply(checkpoint, tiny.plan_for(names, [keep] * 2, checkpoint.fingerprint), tmp_path / "pruned")
+    after = load_file(pruned.directory / "model.safetensors")
+    for name in (name for name in after if name.endswith("input_scale")):
+        new = int(name.split("experts.")[1].split(".")[0])
+        assert torch.equal(after[name], scale_of[name.replace(f"experts.{new}.", f"experts.{keep[new]}.")])
+    assert sum(name.endswith("input_scale") for name in after) == len(keep) * len(names)
+
+
+def test_a_router_quantised_in_blocks_is_refused(tmp_path: Path) -> None:
+    directory = write(tmp_path / "source", *FORMS["fp8"])
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.gate.weight_scale_inv"] = torch.ones(1, 4)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"gate\.weight in blocks that several experts share"):
+        _ = Checkpoint(directory).layout
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes"])
 def test_what_cannot_be_undone_is_refused_by_name(method: str, tmp_path: Path) -> None:
     directory = write(tmp_path / "source", "mixtral", lambda name, tensor: {name: tensor}, {"quant_method": method})

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moeprune.checkpoint import modelling, prediction_layers, unsupported
 from moeprune.checkpoint.files import CheckpointFiles
-from moeprune.checkpoint.stored_names import StoredExperts, as_stored_here, stored_ways
+from moeprune.checkpoint.stored_names import StoredExperts, StoredTensors, as_stored_here, stored_ways
 from moeprune.errors import InputError
 
 _TABLE_AXES = 2
@@ -163,6 +163,7 @@ def _layer_layouts(
     per_layer: dict[str, dict[str, int]] = defaultdict(dict)
     for parameter, axis in _grown_axes(config, state, grown).items():
         per_layer[_owner(config, parameter, list(modules))][parameter] = axis
+    stored = StoredTensors(files) if files else None
     layers = {}
     for name, module in modules.items():
         names = [*per_layer[name], *_tables_beside(name, state)]
@@ -171,7 +172,7 @@ def _layer_layouts(
             _stored_experts(config, small, large, expert_count(module))
             for small, large in zip(stored_ways(model, own), stored_ways(larger, own_grown), strict=True)
         ]
-        found = as_stored_here(ways, name, files) if files else ways[0]
+        found = as_stored_here(ways, name, stored) if stored else ways[0]
         layers[name] = LayerLayout(expert_count(module), found.fused, found.separate, per_layer[name], found.tables)
     return layers
 

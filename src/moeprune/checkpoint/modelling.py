@@ -14,7 +14,7 @@ from string import Template
 from typing import Any
 
 import transformers
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 FILE_NAME = "modeling_pruned.py"
 EXPERTS_KEY = "pruned_experts"
@@ -127,5 +127,9 @@ def is_ours(directory: Path) -> bool:
     config = json.loads((directory / "config.json").read_text())
     base_class = str(config.get("architectures", [""])[0]).removeprefix("Pruned")
     config_path = tuple(str(part) for part in config.get(PATH_KEY, []))
-    is_stock = hasattr(transformers, base_class) and all(part.isidentifier() for part in config_path) and config_path
-    return bool(is_stock) and (directory / FILE_NAME).read_text() == source(base_class, config_path)
+    stock = getattr(transformers, base_class, None) if base_class.isidentifier() else None
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
+        return False
+    if not config_path or not all(part.isidentifier() for part in config_path):
+        return False
+    return (directory / FILE_NAME).read_text() == source(base_class, config_path)

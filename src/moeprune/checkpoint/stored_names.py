@@ -9,8 +9,10 @@ of `gate_up_proj`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import islice, takewhile
+from math import prod
 
 import torch
 from transformers import PreTrainedModel
@@ -43,45 +45,73 @@ def stored_ways(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> list[
     return stored
 
 
-def as_stored_here(ways: list[StoredExperts], layer: str, files: CheckpointFiles) -> StoredExperts:
+class StoredTensors:
+    """All tensors of a checkpoint by name, quickly found by how their names begin."""
+
+    def __init__(self, files: CheckpointFiles) -> None:
+        self.address = files.address
+        self.shapes = {name: entry.shape for name, entry in files.entries.items()}
+        self._sorted = sorted(self.shapes)
+
+    def beginning(self, prefix: str) -> list[str]:
+        """The names that begin so, without it, in alphabetical order."""
+        first = bisect_left(self._sorted, prefix)
+        beginning_so = takewhile(lambda name: name.startswith(prefix), islice(self._sorted, first, None))
+        return [name.removeprefix(prefix) for name in beginning_so]
+
+
+def as_stored_here(ways: list[StoredExperts], layer: str, stored: StoredTensors) -> StoredExperts:
     """The first of several ways to store a layer that this checkpoint follows, with what else it holds of the experts.
 
     Raises:
-        InputError: it follows none of them.
+        InputError: it follows none of them, or packs several experts' numbers into one.
     """
-    complete = [_with_companions(way, files) for way in ways]
+    complete = [_with_companions(way, stored) for way in ways]
     for way in complete:
-        if all(name in files.entries and files.entries[name].shape == shape for name, shape in way.shapes.items()):
+        if way.shapes.items() <= stored.shapes.items():
             return way
-    missing = min((sorted(set(way.shapes) - set(files.entries)) for way in complete), key=len)
+    missing = min((sorted(way.shapes.keys() - stored.shapes.keys()) for way in complete), key=len)
     raise InputError(
-        f"{files.address} does not hold the experts of {layer} as its config describes them; "
+        f"{stored.address} does not hold the experts of {layer} as its config describes them; "
         + (f"missing: {', '.join(missing[:3])}" if missing else "their shapes differ")
     )
 
 
-def _with_companions(way: StoredExperts, files: CheckpointFiles) -> StoredExperts:
-    """Add what lies beside each tensor under its name and a suffix, and drop those that only such tensors stand for."""
-    shapes, fused, separate = dict(way.shapes), dict(way.fused), [list(names) for names in way.separate]
+def _with_companions(way: StoredExperts, stored: StoredTensors) -> StoredExperts:
+    """Add what lies beside the tensors, and drop those that only such companions stand for."""
+    shapes, fused = dict(way.shapes), dict(way.fused)
     for name, axis in way.fused.items():
-        companions = {
-            suffix: files.entries[name + suffix].shape
-            for suffix in _suffixes(name, files)
-            if name + suffix not in way.shapes and files.entries[name + suffix].shape[: axis + 1][-1:] == (way.experts,)
-        }
-        shapes |= {name + suffix: shape for suffix, shape in companions.items()}
-        fused |= dict.fromkeys([name + suffix for suffix in companions], axis)
-        if companions and name not in files.entries:
+        beside = [f"{name}_{suffix}" for suffix in stored.beginning(f"{name}_")]
+        companions = [one for one in beside if one not in way.shapes and prod(stored.shapes[one]) > 1]
+        for companion in companions:
+            shape = stored.shapes[companion]
+            if shape[axis : axis + 1] != way.shapes[name][axis : axis + 1]:
+                raise InputError(
+                    f"{stored.address} quantises {name} in blocks that several experts share ({companion}, "
+                    f"{list(shape)}); prune the unquantised original"
+                )
+            shapes[companion], fused[companion] = shape, axis
+        if companions and name not in stored.shapes:
             del shapes[name], fused[name]
-    for names in way.separate:
-        for suffix in _suffixes(names[0], files):
-            separate.append([name + suffix for name in names])
-            shapes |= {name + suffix: files.entries[names[0] + suffix].shape for name in names}
+    separate = _all_of_each_expert(way, stored)
+    for names in separate[len(way.separate) :]:
+        shape = next(stored.shapes[name] for name in names if name in stored.shapes)
+        shapes |= dict.fromkeys(names, shape)
     return StoredExperts(way.experts, shapes, fused, separate, way.tables)
 
 
-def _suffixes(name: str, files: CheckpointFiles) -> Iterator[str]:
-    """What other stored names append to this one: `_scale_inv`, `_blocks`."""
-    for other in files.entries:
-        if other.startswith(name + "_"):
-            yield other.removeprefix(name)
+def _all_of_each_expert(way: StoredExperts, stored: StoredTensors) -> list[list[str]]:
+    """Whatever is stored below an expert's name, for all experts where any has it."""
+    separate = [list(names) for names in way.separate]
+    for prefixes in {tuple(_prefixes(names)) for names in way.separate}:
+        known = {names[0].removeprefix(prefixes[0]) for names in separate if names[0].startswith(prefixes[0])}
+        found = {suffix for prefix in prefixes for suffix in stored.beginning(prefix)}
+        separate += [[prefix + suffix for prefix in prefixes] for suffix in sorted(found - known)]
+    return separate
+
+
+def _prefixes(names: list[str]) -> list[str]:
+    """From the names of all experts' tensors of one kind, each expert's own beginning, its number included."""
+    split = [name.split(".") for name in names]
+    number = next(place for place, parts in enumerate(zip(*split, strict=True)) if len(set(parts)) > 1)
+    return [".".join(parts[: number + 1]) + "." for parts in split]
