@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import yaml  # type: ignore[import-untyped]  # kfp brings it
 from kfp import components
 
@@ -26,15 +27,22 @@ from moeprune.components.cluster import cluster
 from moeprune.components.distill import distill
 from moeprune.components.evaluate import evaluate
 from moeprune.components.global_prune import global_prune
+from moeprune.components.merge_stats import merge_stats
+from moeprune.components.prepare import prepare
 from moeprune.components.promote import promote
+from moeprune.errors import InputError
 from moeprune.evaluation.report import Quality
 from moeprune.pipelines import freshness, processes
 from moeprune.pipelines.on_a_cluster import SECRET, VARIABLES
 from moeprune.pipelines.prune import prune
 from moeprune.promotion import Verdict
+from moeprune.services.signals import announced
+from moeprune.statistics import Stats
 from moeprune.steps.evaluate import models_in
 
-STEPS = {"calibrate", "cluster", "global-prune", "distill", "evaluate", "promote"}
+REUSABLE = {"prepare", "calibrate", "merge-stats", "cluster"}
+STEPS = REUSABLE | {"global-prune", "distill", "evaluate", "promote"}
+LOOP = "for-loop-1"  # over shards; the compiler makes a component of it
 
 
 def compiled(path: Path, **environment: str) -> str:
@@ -66,10 +74,11 @@ def described(definitions: dict[str, dict[str, dict[str, Any]]]) -> Iterator[tup
 class TestTheYaml:
     def test_every_input_and_output_is_described(self, spec: dict[str, Any]) -> None:
         of_steps = {name.removeprefix("comp-"): component for name, component in spec["components"].items()}
+        assert of_steps.pop(LOOP)["dag"]["tasks"].keys() == {"calibrate"}
         assert of_steps.keys() == STEPS
         for name, component in [*of_steps.items(), ("the pipeline", spec["root"])]:
             for side in ("inputDefinitions", "outputDefinitions"):
-                for key, definition in described(component[side]):
+                for key, definition in described(component.get(side, {})):
                     assert len(definition.get("description", "")) > 8, f"{name}: {key}"
                     assert "\n\n" not in definition["description"], f"{name}: {key}"
 
@@ -93,11 +102,10 @@ class TestTheYaml:
         assert "pip install" not in text
 
     def test_only_what_runs_share_is_cached(self, spec: dict[str, Any]) -> None:
-        tasks = spec["root"]["dag"]["tasks"]
-        assert {name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")} == {
-            "calibrate",
-            "cluster",
-        }
+        dags = [spec["root"]["dag"], spec["components"][f"comp-{LOOP}"]["dag"]]
+        tasks = {name: task for dag in dags for name, task in dag["tasks"].items() if name != LOOP}
+        assert tasks.keys() == STEPS
+        assert {name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")} == REUSABLE
 
     def test_keys_come_from_a_secret_that_may_be_absent(self, spec: dict[str, Any], platform: dict[str, Any]) -> None:
         assert {name.removeprefix("exec-") for name in platform} == STEPS
@@ -168,17 +176,43 @@ class TestComponents:
 
     def test_calibrate(self, called: Callable[..., list[dict[str, Any]]]) -> None:
         calls = called("calibrate", SimpleNamespace(tokens=5, layers=[1, 2]))
-        options = {
+        options: dict[str, Any] = {
+            "statistics": ["gate"],
             "text_field": "body",
+            "sequences": "documents",
             "block_tokens": 3,
             "max_blocks": 4,
             "batch_blocks": 5,
+            "shard": 1,
+            "shards": 2,
+            "dtype": "bfloat16",
             "trust_remote_code": True,
         }
         stats = Artifact("stats")
         calibrate.python_func(model="M", data="D", stats=stats, **options)
         assert calls == [{"model": "M", "data": "D", "out": stats.path, **options}]
         assert stats.metadata == {"model": "M", "data": "D", "tokens": 5, "layers": 2}
+
+    def test_prepare(self) -> None:
+        assert prepare.python_func(method="frequency", baselines=["random"], shards=2) == [
+            {"shard": shard, "statistics": ["routed_tokens"]} for shard in range(2)
+        ]
+        assert prepare.python_func("c-prune", [])[0]["statistics"] == ["probe_output", "routed_tokens"]
+        with pytest.raises(InputError, match="unknown method"):
+            prepare.python_func("frequency", ["magic"])
+        with pytest.raises(InputError, match="0 shards"):
+            prepare.python_func("frequency", [], 0)
+
+    def test_merge_stats(self, tmp_path: Path) -> None:
+        parts, merged = [Artifact("a"), Artifact("b")], Artifact("merged")
+        for seed, part in enumerate(parts):
+            part.path = str(tmp_path / str(seed))
+            tiny.make_stats([[1, 2, 3, 4]], data=f"{seed:032x}").save(Path(part.path))
+        merged.path = str(tmp_path / "merged")
+        merge_stats.python_func(parts=parts, stats=merged)
+        stats = Stats.load(Path(merged.path))
+        assert next(iter(stats.layers.values())).count("routed_tokens").tolist() == [2, 4, 6, 8]
+        assert merged.metadata == {"tokens": stats.tokens, "layers": 1, "shards": 2}
 
     def test_cluster(self, called: Callable[..., list[dict[str, Any]]]) -> None:
         calls = called("cluster", SimpleNamespace(clusters_per_layer=3, layers=[1]))
@@ -313,7 +347,7 @@ class TestFreshness:
         data.write_text("2")
 
         def now() -> str:
-            return freshness.state_of(str(model), f"builtin://code,{data}")
+            return freshness.state_of(str(model), f"builtin://code,{data}*3")
 
         first = now()
         assert now() == first
@@ -355,3 +389,21 @@ class TestProcesses:
         assert time.monotonic() - started < 5
         listing = subprocess.run(["ps", "-A", "-o", "stat=,args="], capture_output=True, text=True, check=True).stdout
         assert not [row for row in listing.splitlines() if f"sleep {marker}" in row and not row.startswith("Z")]
+
+    def test_a_thread_hears_of_ctrl_c_too(self) -> None:
+        """Shards run in threads of kfp's, which no signal reaches."""
+        stopping, ended = threading.Event(), []
+
+        def step() -> None:
+            try:
+                processes.follow(["sh", "-c", "sleep 60"], dict(os.environ), lambda _: None, stopping)
+            except KeyboardInterrupt:
+                ended.append(True)
+
+        thread = threading.Thread(target=step)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt), announced(stopping):
+            signal.raise_signal(signal.SIGINT)
+        thread.join(5)
+        assert ended == [True]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

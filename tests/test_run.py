@@ -24,7 +24,7 @@ from moeprune.services.ports import free_ports
 
 PROGRAM = [sys.executable, "-c", "from moeprune.cli import main; main()", "run"]
 BLOCKS = ("--block-tokens", tiny.BLOCK_TOKENS)
-STEPS = ["calibrate", "cluster", "prune", "distill", "evaluate", "promote"]
+STEPS = ["calibrate", "cluster", "prune", "distill", "evaluate", "promote"]  # of which MLflow is told
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def test_a_step_that_fails_is_one_sentence(house: House, at_work: object, tmp_pa
     assert outcome.parent.info.status == "FAILED"
     assert "row 41" in outcome.parent.data.tags["error"]
     assert {name: run.info.status for name, run in outcome.steps.items()} == {"calibrate": "FAILED"}
-    assert not list(house.state.rglob("*writing*"))
+    assert not [*house.state.rglob("*writing*"), *house.state.rglob("*unfinished*")]
 
 
 def test_ctrl_c_in_a_step_leaves_nothing(at_work: object, tmp_path: Path, qwen: Path) -> None:
@@ -171,8 +171,8 @@ def test_ctrl_c_in_a_step_leaves_nothing(at_work: object, tmp_path: Path, qwen: 
     assert process.returncode == 130, out + err
     assert err.splitlines() == ["moeprune: interrupted; nothing was left half-written"]
     assert processes_that_mention(str(tmp_path), f"port={mlflow_port}", f"port={s3_port}") == []
-    assert not list(state.rglob("*writing*"))
-    assert not list(state.glob("runs/*/calibrate/stats"))
+    assert not [*state.rglob("*writing*"), *state.rglob("*unfinished*")]
+    assert not list(state.glob("runs/*/*/calibrate/stats"))
     with sqlite3.connect(state / "services" / "mlflow.db") as database:
         assert database.execute("select status from runs").fetchall() == [("KILLED",), ("KILLED",)]
 
@@ -189,7 +189,17 @@ class TestARun:
     def test_ends_with_the_table_and_addresses(self, house: House, first: Outcome) -> None:
         assert first.code == 0, first.out + first.err
         assert first.err == ""
-        for step in ("services", "calibrate", "cluster", "global-prune", "distill", "evaluate", "promote"):
+        for step in (
+            "services",
+            "prepare",
+            "calibrate",
+            "merge-stats",
+            "cluster",
+            "global-prune",
+            "distill",
+            "evaluate",
+            "promote",
+        ):
             assert re.search(rf"^{step} +\d+\.\d s", first.out, re.MULTILINE), step
         assert re.search(r"original +pruned +distilled +frequency", first.out)
         assert "held-out (pruned for)" in first.out
@@ -245,7 +255,7 @@ class TestASecondRun:
     def test_does_not_calibrate_again(self, second: Outcome) -> None:
         assert second.code == 0, second.out + second.err
         assert re.search(r"^calibrate: +reused", second.out, re.MULTILINE)
-        assert second.parent.data.tags["moeprune.reused"] == "calibrate, cluster"
+        assert second.parent.data.tags["moeprune.reused"] == "prepare, calibrate, merge-stats, cluster"
         assert sorted(second.steps) == ["distill", "evaluate", "promote", "prune"]
 
     def test_has_its_own_results(self, house: House, second: Outcome) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -14,11 +15,13 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from moeprune import texts
 from moeprune.builtin import corpus
 from moeprune.errors import InputError
-from moeprune.sources import short_name
+from moeprune.sources import Source, format_sources, parse_sources, shares, short_name
 from moeprune.texts import Blocks, read_blocks
 
 DOCUMENTS = tiny.sentences(2, 40)
@@ -48,7 +51,7 @@ def write(path: Path, documents: list[str], field: str = "text") -> Path:
 
 
 def read(
-    path: Path | str, tokenizer: PreTrainedTokenizerFast, block: int = 16, limit: int = 1000, **options: str
+    path: Path | str, tokenizer: PreTrainedTokenizerFast, block: int = 16, limit: int = 1000, **options: Any
 ) -> Blocks:
     return read_blocks(str(path), tokenizer, block_tokens=block, max_blocks=limit, **options)
 
@@ -136,6 +139,124 @@ class TestMixtures:
     def test_one_bad_source_spoils_it(self, paths: list[Path], tokenizer: PreTrainedTokenizerFast) -> None:
         with pytest.raises(InputError, match=r"nothing\.jsonl"):
             read(f"{paths[0]},{paths[0].parent / 'nothing.jsonl'}", tokenizer)
+
+
+class TestWeights:
+    @pytest.fixture
+    def paths(self, tmp_path: Path) -> list[Path]:
+        return [write(tmp_path / f"{name}.jsonl", tiny.sentences(seed, 60)) for seed, name in enumerate("abc")]
+
+    def test_shares_are_in_proportion(self, paths: list[Path], tokenizer: PreTrainedTokenizerFast) -> None:
+        mixed = read(f"{paths[0]}*3, {paths[1]} ,{paths[2]}*0.5", tokenizer, limit=12)
+        alone = [read(path, tokenizer, limit=share) for path, share in zip(paths, [8, 3, 1], strict=True)]
+        assert torch.equal(mixed.ids_BS, torch.cat([blocks.ids_BS for blocks in alone]))
+        assert mixed.name == "a+b+c"
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.floats(0.1, 50), min_size=1, max_size=6), st.integers(1, 500))
+    def test_every_share_is_within_one_of_exact(self, weights: list[float], blocks: int) -> None:
+        sources = [Source(str(place), weight) for place, weight in enumerate(weights)]
+        exact = [blocks * weight / sum(weights) for weight in weights]
+        try:
+            found = shares(sources, blocks)
+        except InputError:
+            assert min(exact) < 1
+            return
+        assert sum(found) == blocks
+        assert all(share > 0 for share in found)
+        assert all(abs(share - wanted) < 1 + 1e-9 for share, wanted in zip(found, exact, strict=True))
+
+    def test_a_source_that_runs_short_is_told(
+        self, paths: list[Path], tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        short = write(paths[0].parent / "short.jsonl", tiny.sentences(9, 3))
+        blocks = read(f"{paths[0]},{short}*2", tokenizer, limit=30)
+        has = len(read(short, tokenizer).ids_BS)
+        assert len(blocks.ids_BS) == 10 + has
+        said = capsys.readouterr().err
+        assert f"note: {short} holds {has} of the 20 blocks that are its share" in said
+        assert f"is {20 - has} smaller" in said
+
+    @pytest.mark.parametrize("weight", ["0", "-1", "x", "", "nan", "inf"])
+    def test_a_weight_that_is_none(self, weight: str, paths: list[Path], tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(InputError, match=r"must be a positive number, as in mine.jsonl\*3"):
+            read(f"{paths[0]}*{weight}", tokenizer)
+
+    def test_a_name_with_a_comma_and_a_star(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        path = write(tmp_path / "a,b*2 50%2C.jsonl", DOCUMENTS)
+        mixture = format_sources([Source(str(path), 2)])
+        assert "a%2Cb%2A2 50%252C.jsonl*2" in mixture
+        assert read(mixture, tokenizer).tokens == read(write(tmp_path / "plain.jsonl", DOCUMENTS), tokenizer).tokens
+
+    @given(
+        st.lists(st.tuples(st.text("a/.%,*25CA", min_size=1, max_size=9), st.integers(1, 9)), min_size=1, max_size=4)
+    )
+    def test_what_is_formatted_is_what_is_parsed(self, given_sources: list[tuple[str, int]]) -> None:
+        sources = [Source(address, weight) for address, weight in given_sources]
+        assert parse_sources(format_sources(sources)) == sources
+
+
+class TestDocumentsAsSequences:
+    def rows(self, blocks: Blocks) -> list[list[int]]:
+        mask_BS = torch.ones_like(blocks.ids_BS, dtype=torch.bool) if blocks.mask_BS is None else blocks.mask_BS
+        return [ids_S[mask_S].tolist() for ids_S, mask_S in zip(blocks.ids_BS, mask_BS, strict=True)]
+
+    def test_each_begins_a_block_and_a_long_one_goes_on(
+        self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        documents = ["", "one", " ".join(DOCUMENTS), DOCUMENTS[0]]
+        blocks = read(write(tmp_path / "some.jsonl", documents), tokenizer, 16, sequences="documents")
+        ids = [tokenizer(text)["input_ids"] for text in documents]
+        expected = [each[start : start + 16] for each in ids for start in range(0, len(each), 16)]
+        assert self.rows(blocks) == expected
+        assert blocks.tokens == sum(map(len, ids))
+        assert blocks.mask_BS is not None
+        assert not (blocks.mask_BS[:, 1:] & ~blocks.mask_BS[:, :-1]).any()  # padding is to the right
+
+    def test_a_start_of_text_is_put_before_each_document(
+        self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        with_start = tiny.tokenizer()
+        with_start.bos_token = "<|endoftext|>"
+        start = with_start.bos_token_id
+        with_start.backend_tokenizer.post_processor = TemplateProcessing(
+            "<|endoftext|> $A", special_tokens=[("<|endoftext|>", start)]
+        )
+        path = write(tmp_path / "some.jsonl", DOCUMENTS)
+        found = self.rows(read(path, with_start, 1000, sequences="documents"))
+        assert found == [[start, *row] for row in self.rows(read(path, tokenizer, 1000, sequences="documents"))]
+
+    def test_without_any_text(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="holds no text"):
+            read(write(tmp_path / "some.jsonl", ["", ""]), tokenizer, sequences="documents")
+        with pytest.raises(InputError, match="unknown kind of sequences 'rows'; known: packed, documents"):
+            read(write(tmp_path / "some.jsonl", DOCUMENTS), tokenizer, sequences="rows")
+
+
+class TestLongTexts:
+    @pytest.fixture(autouse=True)
+    def _small_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(texts, "_PIECE_CHARACTERS", 50)
+
+    @pytest.mark.parametrize("name", ["long.txt", "long.jsonl"])
+    def test_pieces_give_the_tokens_of_the_whole(
+        self, name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        path = write(tmp_path / name, [" ".join(DOCUMENTS)])
+        blocks = read(path, tokenizer)
+        assert blocks.ids_BS.flatten().tolist() == stream(tokenizer, [" ".join(DOCUMENTS)])[: blocks.tokens]
+
+    def test_a_text_without_spaces_is_cut_anywhere(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        path = tmp_path / "long.txt"
+        path.write_text("ab" * 500)
+        assert tokenizer.decode(read(path, tokenizer, 4).ids_BS.flatten()).startswith("ab" * 400)
+
+    def test_reading_stops_where_the_blocks_are_full(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        path = tmp_path / "long.txt"
+        path.write_bytes(" ".join(DOCUMENTS * 200).encode() + b"\xff\xfe")  # its end cannot be read
+        assert len(read(path, tokenizer, limit=3).ids_BS) == 3
+        with pytest.raises(InputError, match="not readable as UTF-8"):
+            read(path, tokenizer, limit=100_000)
 
 
 class TestWhatIsNoText:

@@ -13,7 +13,7 @@ def prepare(method: str, baselines: list[str], shards: int = 1) -> list[dict]:
         shards: How many calibrations share the data.
 
     Returns:
-        One entry for each calibration: the number of its shard, and the statistics that the methods need.
+        Output: One entry for each calibration: the number of its shard, and the statistics that the methods need.
     """
     from moeprune.steps.prepare import prepare as step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from moeprune.checkpoint.identity import fingerprint
 from moeprune.checkpoint.layout import Layout, find_layout
 from moeprune.checkpoint.unsupported import quantisation, refuse_quantisation
 from moeprune.errors import InputError
+from moeprune.progress import note
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,14 @@ class Checkpoint:
 
         Args:
             dtype: of the weights in memory; by default that of the device (`default_dtype`).
-            device: by default the one there is (`default_device`).
+            device: by default the one there is (`default_device`), or all GPUs where there are several.
 
         Raises:
             InputError: the weights cannot be loaded, or do not all fit the architecture.
         """
         _ = self.files.entries  # names a missing or damaged shard before anything is built
         trusted = self.trust_remote_code or modelling.is_ours(self.directory)
+        spread = {"device_map": "auto"} if device is None and _can_spread() else {}
         device = device or default_device()
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -96,6 +99,7 @@ class Checkpoint:
                 trust_remote_code=trusted,
                 output_loading_info=True,
                 **_undo_quantisation(self.config),
+                **spread,
             )
         except (ValueError, OSError, RuntimeError, KeyError) as error:
             raise InputError(f"{self.directory} cannot be loaded: {_first_line(error)}") from error
@@ -104,7 +108,7 @@ class Checkpoint:
             raise InputError(
                 f"{self.directory} does not fit its architecture; missing or misshapen: {', '.join(absent[:3])}"
             )
-        return model.to(device).eval()
+        return (model if spread else model.to(device)).eval()
 
 
 def _undo_quantisation(config: PretrainedConfig) -> dict[str, QuantizationConfigMixin]:
@@ -115,6 +119,15 @@ def _undo_quantisation(config: PretrainedConfig) -> dict[str, QuantizationConfig
     stated = config.quantization_config
     stated = stated if isinstance(stated, dict) else stated.to_dict()
     return {"quantization_config": AutoQuantizationConfig.from_dict({**stated, "dequantize": True})}
+
+
+def _can_spread() -> bool:
+    """Whether there are several GPUs, and what transformers needs to spread a model over them."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count > 1 and find_spec("accelerate") is None:
+        note(f"one of the {count} GPUs is used; to spread a model over all: pip install accelerate")
+        return False
+    return count > 1
 
 
 def default_device() -> torch.device:

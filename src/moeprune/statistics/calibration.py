@@ -17,6 +17,7 @@ BATCH_TOKENS = 8192  # the weights are read once per batch, by the model as by t
 GROUPS = 8
 
 
+@torch.inference_mode()
 def calibrate(
     run: ForwardPass,
     fingerprint: str,
