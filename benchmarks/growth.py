@@ -244,10 +244,10 @@ def extrapolated(reading: float, computing: float) -> str:
     return (
         f"Extrapolated from these rates and the models' shapes, for {_TOKENS:,} tokens, weights stored as FP8; nothing "
         f"of it is measured. A node is *assumed* to read {_NODE_READS / 1e9:.0f} GB/s and to compute "
-        f"{_NODE_COMPUTES / 1e15:.1f} PFLOP/s (8 GPUs at 40 % of their peak); ten nodes share the tokens, and each reads "
-        "all weights.\n\n"
-        "| model | weights read | PFLOP | a whole layer in memory, bfloat16 | least memory, some experts at a time | Stats "
-        "| this machine | one GPU node | ten GPU nodes |\n"
+        f"{_NODE_COMPUTES / 1e15:.1f} PFLOP/s (8 GPUs at 40 % of their peak); ten nodes share the tokens, and each "
+        "reads all weights.\n\n"
+        "| model | weights read | PFLOP | a whole layer in memory, bfloat16 | least memory, some experts at a time "
+        "| Stats | this machine | one GPU node | ten GPU nodes |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n" + "\n".join(lines)
     )
 

@@ -39,9 +39,19 @@ def main() -> None:
 def measure(scratch: Path, size: int, limit: str, blocks: int) -> None:
     model, stats, plan, pruned = (scratch / name for name in ("model", "stats", "plan.json", "pruned"))
     size = random_checkpoint.write(model, random_checkpoint.olmoe_of(size))
-    calibrate = ["calibrate", "--model", model, "--data", "builtin://code", "--out", stats, "--dtype", "bfloat16"]
+    calibrate: list[str | Path] = [
+        "calibrate",
+        "--model",
+        model,
+        "--data",
+        "builtin://code",
+        "--out",
+        stats,
+        "--dtype",
+        "bfloat16",
+    ]
     calibrate += ["--max-blocks", str(blocks)]
-    steps = {
+    steps: dict[str, list[str | Path]] = {
         "calibrate": [*calibrate, "--memory-limit", limit],
         "plan": ["plan", "--method", "c-prune", "--ratio", "0.5", "--stats", stats, "--out", plan],
         "apply": ["apply", "--model", model, "--plan", plan, "--out", pruned],
@@ -68,8 +78,8 @@ def measure(scratch: Path, size: int, limit: str, blocks: int) -> None:
         rows,
         raw | {"model_bytes": size, "written_bytes": written, "tokens": blocks * 256},
         f"{blocks * 256:,} tokens; the pruned model is {written / (1 << 30):.1f} GiB. The limit is kept by a {kind}, "
-        "for each process and, in a control group, the files that the system caches for it: so the last column comes up to "
-        f"the limit by itself. Without `--memory-limit` the calibration ended under it with exit code {ended}.",
+        "for each process and, in a control group, the files that the system caches for it: so the last column comes "
+        f"up to the limit by itself. Without `--memory-limit` the calibration ended under it with exit code {ended}.",
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import families
 import pytest
+import test_quantised
 import tiny
 import torch
 from hypothesis import given
@@ -76,6 +77,15 @@ def test_streamed_stats_are_those_of_a_model_in_memory(
     ids_BS, mask_BS = ragged()
     in_memory = stats_of(InMemoryPass(checkpoint.load()), ids_BS, mask_BS)
     assert_equal_to_rounding(stats_of(StreamedPass(checkpoint), ids_BS, mask_BS), in_memory)
+    assert_equal_to_rounding(stats_of(StreamedPass(checkpoint, memory_limit=LIMIT), ids_BS, mask_BS), in_memory)
+
+
+@pytest.mark.usefixtures("cramped")
+@pytest.mark.parametrize("form", test_quantised.FORMS)
+def test_quantised_weights_are_undone_as_they_are_brought_in(form: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(test_quantised.write(tmp_path / "model", *test_quantised.FORMS[form]))
+    ids_BS, mask_BS = ragged()
+    in_memory = stats_of(InMemoryPass(checkpoint.load(torch.float32)), ids_BS, mask_BS)
     assert_equal_to_rounding(stats_of(StreamedPass(checkpoint, memory_limit=LIMIT), ids_BS, mask_BS), in_memory)
 
 
