@@ -106,6 +106,8 @@ def test_layers_may_keep_different_numbers(quantised: Checkpoint, tmp_path: Path
     pruned = apply(quantised, tiny.plan_for(names, keep, quantised.fingerprint), tmp_path / "pruned")
     expected = masked_logits(model, keep, ids_BS)
     assert largest_difference(plain_logits(pruned.load(torch.float32), ids_BS), expected) < 1e-5 * expected.abs().max()
+    stated = json.loads((pruned.directory / "config.json").read_text())["quantization_config"]
+    assert stated.get("dequantize", False) == (stated["quant_method"] == "mxfp4")
 
 
 def test_scales_that_are_not_there_are_missed(tmp_path: Path) -> None:

@@ -102,9 +102,20 @@ def source(base_class: str, config_path: tuple[str, ...]) -> str:
     return _SOURCE.substitute(base=base_class, holder=repr(tuple(path[:-1])), key=path[-1])
 
 
-def describe(base_class: str, config_path: tuple[str, ...], experts_per_layer: dict[str, int]) -> dict[str, Any]:
-    """What `config.json` must say for transformers to use the file."""
-    return {
+def describe(
+    base_class: str,
+    config_path: tuple[str, ...],
+    experts_per_layer: dict[str, int],
+    quantisation: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What `config.json` must say for transformers to use the file.
+
+    Args:
+        quantisation: what `config.json` says of it. MXFP4 must be undone when it is loaded: the modules that compute
+            with it know one number of experts.
+    """
+    undone = {**quantisation, "dequantize": True} if quantisation and quantisation["quant_method"] == "mxfp4" else None
+    return ({"quantization_config": undone} if undone else {}) | {
         "architectures": [f"Pruned{base_class}"],
         "auto_map": {"AutoModelForCausalLM": f"{FILE_NAME.removesuffix('.py')}.Pruned{base_class}"},
         EXPERTS_KEY: experts_per_layer,

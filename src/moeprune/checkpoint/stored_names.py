@@ -9,9 +9,9 @@ of `gate_up_proj`.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left
 from dataclasses import dataclass
-from itertools import islice, takewhile
 from math import prod
 
 import torch
@@ -21,6 +21,8 @@ from transformers.core_model_loading import PrefixChange, revert_weight_conversi
 
 from moeprune.checkpoint.files import CheckpointFiles
 from moeprune.errors import InputError
+
+_AFTER_ANY_NAME = chr(sys.maxunicode)
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,8 @@ class StoredTensors:
 
     def beginning(self, prefix: str) -> list[str]:
         """The names that begin so, without it, in alphabetical order."""
-        first = bisect_left(self._sorted, prefix)
-        beginning_so = takewhile(lambda name: name.startswith(prefix), islice(self._sorted, first, None))
-        return [name.removeprefix(prefix) for name in beginning_so]
+        first, last = bisect_left(self._sorted, prefix), bisect_left(self._sorted, prefix + _AFTER_ANY_NAME)
+        return [name.removeprefix(prefix) for name in self._sorted[first:last]]
 
 
 def as_stored_here(ways: list[StoredExperts], layer: str, stored: StoredTensors) -> StoredExperts:

@@ -173,7 +173,9 @@ def _texts(source: Checkpoint, plan: Plan) -> dict[str, str]:
     }
     if not plan.is_uniform:
         base_class = _stock_class(source)
-        config |= modelling.describe(base_class, layout.config_path, plan.experts_per_layer)
+        config |= modelling.describe(
+            base_class, layout.config_path, plan.experts_per_layer, config.get("quantization_config")
+        )
         texts[modelling.FILE_NAME] = modelling.source(base_class, layout.config_path)
     return texts | {"config.json": json.dumps(config, indent=2) + "\n"}
 
