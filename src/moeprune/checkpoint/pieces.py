@@ -70,8 +70,8 @@ class Selection:
             rows = min(at_once, self.rows - row)
             block = bytearray(rows * row_bytes)
             source.read_into(self.file, self.start + row * row_bytes, memoryview(block))
-            items_RIB = np.frombuffer(block, np.uint8).reshape(rows, self.items, self.item_bytes)
-            kept = items_RIB[:, self.keep].tobytes()
+            items_RI = np.frombuffer(block, np.dtype((np.void, self.item_bytes))).reshape(rows, self.items)
+            kept = items_RI.take(self.keep, axis=1).tobytes()
             write_all(target, kept, offset)
             offset += len(kept)
 
@@ -113,11 +113,13 @@ def selected(name: str, entry: TensorEntry, axis: int, keep: Sequence[int]) -> P
     Raises:
         InputError: its dtype packs values of several items into one byte.
     """
+    shape = (*entry.shape[:axis], len(keep), *entry.shape[axis + 1 :])
+    if not entry.nbytes:
+        return PlannedTensor(name, entry.dtype, shape, ())
     rows, items = math.prod(entry.shape[:axis]), entry.shape[axis]
     item_bytes, rest = divmod(entry.nbytes, rows * items)
     if rest:
         raise InputError(f"{name} is stored as {entry.dtype} {list(entry.shape)}: bytes hold parts of several experts")
-    shape = (*entry.shape[:axis], len(keep), *entry.shape[axis + 1 :])
     pieces: tuple[Piece, ...]
     if item_bytes < _SMALLEST_RANGE_BYTES:
         pieces = (Selection(entry.file, entry.start, rows, items, item_bytes, tuple(keep)),)
