@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import boto3
 import families
 import pytest
 import test_quantised
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.errors import InputError
+from moeprune.services import Services
+from moeprune.services.addresses import BUCKET
 from moeprune.statistics import Stats
 from moeprune.statistics.calibration import calibrate
 from moeprune.statistics.passes import ForwardPass, InMemoryPass
@@ -179,6 +182,39 @@ def test_experts_of_a_range_are_those_of_the_layer(qwen: Path) -> None:
                 for name, tensor in module.state_dict().items():
                     assert torch.equal(tensor, whole[name][which.start : which.stop])
             assert all(tensor.is_meta for tensor in module.state_dict().values())
+
+
+def test_sums_in_files_are_the_same_sums(qwen: Path, tmp_path: Path) -> None:
+    run, ids_BS = StreamedPass(Checkpoint(qwen)), tiny.token_ids(12, blocks=4)
+    (tmp_path / "sums").mkdir()
+    in_files = calibrate(run, "model", ids_BS, groups=2, batch_blocks=2, sums_in=tmp_path / "sums")
+    in_files.save(tmp_path / "files")
+    stats_of(run, ids_BS).save(tmp_path / "memory")
+    assert (tmp_path / "files").read_bytes() == (tmp_path / "memory").read_bytes()
+    sums = sum(layer.sums[name].limbs.nbytes for layer in in_files.layers.values() for name in layer.sums)
+    assert sum(file.stat().st_size for file in (tmp_path / "sums").iterdir()) == sums
+
+
+def test_a_model_on_s3_is_calibrated_there(
+    qwen: Path, corpus: Path, connected: Services, tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    address = f"s3://{BUCKET}/streamed/model"
+    client = boto3.Session().client("s3")
+    for file in qwen.iterdir():
+        client.upload_file(str(file), BUCKET, f"streamed/model/{file.name}")
+    same = ("--data", corpus, "--block-tokens", 24, "--max-blocks", 8)
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert run_cli("calibrate", "--model", qwen, *same, "--out", here)[0] == 0
+    assert run_cli("calibrate", "--model", address, *same, "--out", there, "--memory-limit", "20GiB")[0] == 0
+    assert_equal_to_rounding(Stats.load(there), Stats.load(here))
+
+
+def test_the_command_says_what_is_no_size(qwen: Path, run_cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, said = run_cli(
+        "calibrate", "--model", qwen, "--data", "builtin://code", "--out", "x", "--memory-limit", "much"
+    )
+    assert code == 1
+    assert "'much' is not a size" in said
 
 
 class TestLanes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import count
+from pathlib import Path
 
 import torch
 
@@ -30,6 +32,7 @@ def calibrate(
     batch_blocks: int | None = None,
     shard: int = 0,
     shards: int = 1,
+    sums_in: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Stats:
     """Collect Stats.
@@ -46,6 +49,8 @@ def calibrate(
         batch_blocks: blocks per forward pass; by default as many as make `BATCH_TOKENS`.
         shard, shards: take only every `shards`-th batch, from `shard` on. The Stats of all shards, merged, are those of
             one run over everything, bit for bit.
+        sums_in: an empty directory for files in which the sums are kept, mapped, where memory is short; they are needed
+            as long as the Stats. None: they are kept in memory.
         on_progress: called with how much is done, and of how much.
 
     Raises:
@@ -65,9 +70,18 @@ def calibrate(
     collectors = find(statistics)
     layers: dict[str, LayerStats] = {}
 
+    def new_sum(*shape: int, device: torch.device) -> ExactSum:
+        if sums_in is None:
+            return ExactSum.zeros(*shape, device=device)
+        return ExactSum.zeros_in_file(sums_in / str(next(file_number)), *shape)
+
+    file_number = count()
+
     def watch(number: int, rows: slice, call: ExpertsCall) -> None:
         layer = layers.setdefault(call.layer, LayerStats(call.layer_experts, call.index_TK.shape[-1]))
-        _take_down(Seen(call, batches[number].mask_BS[rows], group_of[number][rows], groups), collectors, layer)
+        _take_down(
+            Seen(call, batches[number].mask_BS[rows], group_of[number][rows], groups), collectors, layer, new_sum
+        )
 
     try:
         run(batches, watch, on_progress)
@@ -114,7 +128,9 @@ def shard_of(batches: list[Batch], shard: int, shards: int) -> list[Batch]:
     return taken
 
 
-def _take_down(seen: Seen, collectors: dict[str, Collector], into: LayerStats) -> None:
+def _take_down(
+    seen: Seen, collectors: dict[str, Collector], into: LayerStats, new_sum: Callable[..., ExactSum]
+) -> None:
     # All is computed before any of it is added, so that a call for which memory runs out leaves no trace.
     values_of = {name: collector.values(seen) for name, collector in collectors.items()}
     for name, values in values_of.items():
@@ -125,5 +141,5 @@ def _take_down(seen: Seen, collectors: dict[str, Collector], into: LayerStats) -
             into.counts[name][part] += values
         else:
             if name not in into.sums:
-                into.sums[name] = ExactSum.zeros(*shape, device=values.device)
-            into.sums[name][part].add_(values)
+                into.sums[name] = new_sum(*shape, device=values.device)
+            into.sums[name][part].add_(values.to(into.sums[name].limbs.device))

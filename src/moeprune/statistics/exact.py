@@ -12,6 +12,9 @@ same bits.
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import torch
 
 _HIGH_UNIT = 2.0**-12
@@ -36,6 +39,12 @@ class ExactSum:
     @classmethod
     def zeros(cls, *shape: int, device: torch.device | str = "cpu") -> ExactSum:
         return cls(torch.zeros(2, *shape, dtype=torch.int64, device=device))
+
+    @classmethod
+    def zeros_in_file(cls, file: Path, *shape: int) -> ExactSum:
+        """In a new file that is mapped: the system writes out what is not in use, so that it need not fit in memory."""
+        size = 2 * math.prod(shape)
+        return cls(torch.from_file(str(file), shared=True, size=size, dtype=torch.int64).view(2, *shape))
 
     @property
     def shape(self) -> torch.Size:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -65,10 +68,10 @@ def calibrate(
     with (
         tracking.step("calibrate", params | machine.describe(dtype)) as run,
         places.output(out) as path,
-        places.local_model(model) as directory,
+        _checkpoint(model, trust_remote_code, stays_away=limit is not None) as checkpoint,
+        tempfile.TemporaryDirectory(prefix="moeprune-") as scratch,
     ):
         refuse_directory(path)
-        checkpoint = Checkpoint(directory, trust_remote_code)
         fingerprint = checkpoint.fingerprint
         blocks = read_blocks(
             data,
@@ -93,6 +96,7 @@ def calibrate(
                 batch_blocks=batch_blocks,
                 shard=shard,
                 shards=shards,
+                sums_in=None if limit is None else Path(scratch),
                 on_progress=on_progress,
             )
         stats.save(path)
@@ -105,6 +109,17 @@ def calibrate(
             }
         )
         return stats
+
+
+@contextmanager
+def _checkpoint(model: str, trust_remote_code: bool, *, stays_away: bool) -> Iterator[Checkpoint]:
+    """The model, brought here as a whole unless its weights stay where they are and are read as they are needed."""
+    if stays_away:
+        with places.streamed_model(model) as (directory, weights):
+            yield Checkpoint(directory, trust_remote_code, weights)
+    else:
+        with places.local_model(model) as directory:
+            yield Checkpoint(directory, trust_remote_code)
 
 
 def _through(checkpoint: Checkpoint, dtype: torch.dtype | None, memory_limit: int | None) -> ForwardPass:
