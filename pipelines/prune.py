@@ -43,6 +43,7 @@ def prune(
     calibration_sequences: str = "packed",
     calibration_shards: int = 1,
     calibration_dtype: str = "auto",
+    calibration_memory_limit: str = "",
     distillation_blocks: int = 384,
     evaluation_blocks: int = 32,
     learning_rate: float = 1e-3,
@@ -73,6 +74,8 @@ def prune(
             the blocks. The result is the same, bit for bit.
         calibration_dtype: Of the model while calibrating: float32, bfloat16, or auto (bfloat16 on a GPU, float32 on a
             CPU).
+        calibration_memory_limit: A size such as 16GiB that calibrating stays below, whatever the model's: layers are
+            brought in one at a time. Empty: the whole model is loaded.
         distillation_blocks: Blocks to recover on at most.
         evaluation_blocks: Blocks of each held-out text to measure on at most.
         learning_rate: Of the recovery, its peak.
@@ -100,6 +103,7 @@ def prune(
             shard=share.shard,
             shards=calibration_shards,
             dtype=calibration_dtype,
+            memory_limit=calibration_memory_limit,
             **texts,
         )
     merged = merge_stats(parts=dsl.Collected(calibrated.outputs["stats"]))

@@ -13,6 +13,7 @@ from moeprune.errors import InputError
 from moeprune.methods import check_ratio, check_room, find, parse_options
 from moeprune.sources import format_sources, mixture_name, parse_sources
 from moeprune.steps.machine import dtype_named, quieten
+from moeprune.streaming.room import parse_bytes
 from moeprune.texts import check_sequences, read_blocks
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,6 +45,8 @@ def check_run(arguments: dict[str, Any]) -> None:
     for baseline in arguments["baselines"]:
         find(baseline)
     dtype_named(arguments["calibration_dtype"])
+    if arguments["calibration_memory_limit"]:
+        parse_bytes(arguments["calibration_memory_limit"])
     check_sequences(arguments["calibration_sequences"])
     names = [mixture_name(text) for text in arguments["evaluation_data"]]
     if len(set(names)) < len(names):

@@ -66,6 +66,9 @@ def run(
         int, typer.Option(min=1, help="shards that calibration is split into; here they run one after another")
     ] = 1,
     calibration_dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    calibration_memory_limit: Annotated[
+        str, typer.Option(metavar="SIZE", help="calibrate below SIZE, for example 2GiB, a layer at a time")
+    ] = "",
     distillation_blocks: Annotated[int, typer.Option(min=1, help="blocks to recover on at most")] = 384,
     evaluation_blocks: Annotated[
         int, typer.Option(min=1, help="blocks of each held-out text to measure on at most")
@@ -106,6 +109,7 @@ def run(
         "calibration_sequences": calibration_sequences,
         "calibration_shards": calibration_shards,
         "calibration_dtype": calibration_dtype,
+        "calibration_memory_limit": calibration_memory_limit,
         "distillation_blocks": distillation_blocks,
         "evaluation_blocks": evaluation_blocks,
         "learning_rate": learning_rate,
