@@ -181,6 +181,23 @@ class TestContinued:
         assert made
         assert set(made) == {"whole"}
 
+    def test_a_lock_that_was_removed_while_it_was_taken_is_none(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real, calls = fcntl.flock, []
+
+        def taken_late(descriptor: int, how: int) -> None:
+            real(descriptor, how)
+            calls.append(descriptor)
+            if len(calls) == 1:  # the one before was just done, and cleaned up
+                shutil.rmtree(tmp_path / ".out.unfinished")
+
+        monkeypatch.setattr(fcntl, "flock", taken_late)
+        with continue_beside(tmp_path / "out", "job"):
+            with pytest.raises(InputError, match="another process"), continue_beside(tmp_path / "out", "job"):
+                pytest.fail("let in")
+        assert len(calls) == 2
+
     def test_a_file_system_without_locks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def none(*_: int) -> None:
             raise OSError(errno.ENOLCK, "No locks available")

@@ -70,7 +70,8 @@ def test_selections_are_those_of_torch(
             )
             planned.append(selected(name, entry, axis, keep))
             expected[name] = tensors[name].view(torch.uint8 if tensors[name].itemsize == 1 else tensors[name].dtype)
-            expected[name] = expected[name].index_select(axis, torch.tensor(keep, dtype=torch.int64)).view(tensors[name].dtype)
+            chosen = expected[name].index_select(axis, torch.tensor(keep, dtype=torch.int64))
+            expected[name] = chosen.view(tensors[name].dtype)
         else:
             planned.append(unchanged(f"new.{name}", entry))
             expected[f"new.{name}"] = tensors[name]

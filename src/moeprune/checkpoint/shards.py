@@ -133,11 +133,8 @@ def _write_pieces(shard: PlannedShard, source: ByteSource, target: int) -> Itera
     if source.parallel_reads == 1:
         yield from (write(offset, piece) for offset, piece in pieces)
         return
-    pool = ThreadPoolExecutor(source.parallel_reads)
-    try:
-        yield from pool.map(write, *zip(*pieces, strict=True))
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interruption waits for the ranges on their way, and no more
+    with ThreadPoolExecutor(source.parallel_reads) as pool:
+        yield from pool.map(write, *zip(*pieces, strict=True))  # interrupted, it begins no more of them
 
 
 def _placed(pieces: Iterable[Piece]) -> Iterator[tuple[int, Piece]]:
