@@ -186,6 +186,7 @@ class TestComponents:
             "shard": 1,
             "shards": 2,
             "dtype": "bfloat16",
+            "memory_limit": "3GiB",
             "trust_remote_code": True,
         }
         stats = Artifact("stats")

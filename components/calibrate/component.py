@@ -38,8 +38,8 @@ def calibrate(
         shard: Which shard of the data to take, from 0.
         shards: How many shards there are; merge-stats adds up what they give.
         dtype: Of the model in memory: float32, bfloat16, or auto (bfloat16 on a GPU, float32 on a CPU).
-        memory_limit: A size such as 16GiB to stay below, whatever the model's: layers are brought in one at a time. Empty:
-            the whole model is loaded.
+        memory_limit: A size such as 16GiB to stay below, whatever the model's: layers are brought in one at a time.
+            Empty: the whole model is loaded.
         trust_remote_code: Run modelling code that the model brings along.
 
     Returns:
