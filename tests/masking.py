@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 _ROUTER = re.compile(r"\.(gate|router)\.")
-_CHOICE_BIAS = re.compile(r"correction_bias|balancing_bias|expert_bias")
+CHOICE_BIAS = re.compile(r"correction_bias|balancing_bias|expert_bias")
 
 
 def experts_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -41,7 +41,7 @@ class MaskedRouters(TorchFunctionMode):
             for own, tensor in tensors.items():
                 if not own.startswith(layer) or own.startswith(name):
                     continue
-                if _CHOICE_BIAS.search(own):
+                if CHOICE_BIAS.search(own):
                     self._biases.append((tensor, dropped))
                 elif _ROUTER.search(own) and tensor.dim() == 2 and number <= tensor.shape[0] <= number + 1:
                     self._dropped[tensor.data_ptr()] = dropped

@@ -19,7 +19,7 @@ import pytest
 import tiny
 import torch
 from families_table import EQUAL, Case
-from masking import experts_modules, largest_difference, plain_logits
+from masking import CHOICE_BIAS, experts_modules, largest_difference, plain_logits
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moeprune.checkpoint.loading import Checkpoint
@@ -36,8 +36,10 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.dim() == 2 and not tensor.is_floating_point():  # a table of each token's experts
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if CHOICE_BIAS.search(name):
+                tensor.uniform_(0, 0.5)
+            elif tensor.dim() == 2 and not tensor.is_floating_point():  # a table of each token's experts
                 tensor.copy_(torch.rand(len(tensor), families.EXPERTS).argsort()[:, : tensor.shape[1]])
             elif tensor.dim() and tensor.shape[0] in (families.EXPERTS, families.EXPERTS + 1) and tensor.std() == 0:
                 tensor.add_(torch.rand_like(tensor) / 2)

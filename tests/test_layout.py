@@ -12,7 +12,7 @@ import families
 import pytest
 import tiny
 import torch
-from masking import largest_difference, masked_logits, plain_logits
+from masking import experts_modules, largest_difference, masked_logits, plain_logits
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -144,6 +144,9 @@ class TestPrunedBefore:
         uneven = apply(first, plan, tmp_path / "uneven")
         with pytest.raises(InputError, match=r"2 to 4 experts.*calibrate and prune the original"):
             _ = uneven.layout
+        model = uneven.load()
+        for module in experts_modules(model).values():  # what replaces modules when it loads reads the number there
+            assert module.config.num_experts == module.num_experts
 
 
 class TestWhatIsToldByName:
