@@ -146,7 +146,7 @@ class TestPrunedBefore:
             _ = uneven.layout
         model = uneven.load()
         for module in experts_modules(model).values():  # what replaces modules when it loads reads the number there
-            assert module.config.num_experts == module.num_experts
+            assert module.config.num_experts == module.num_experts  # type: ignore[union-attr]
 
 
 class TestWhatIsToldByName:
