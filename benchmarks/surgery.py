@@ -52,7 +52,7 @@ def measure(scratch: Path, size: int, repeats: int) -> None:
     plan.save(plan_file)
     apply(source, plan, written)
     program = [sys.executable, "-c", "from moeprune.cli import main; main()"]
-    command = [*program, "apply", "--model", model, "--plan", plan_file, "--out", out]
+    command: list[str | Path] = [*program, "apply", "--model", model, "--plan", plan_file, "--out", out]
     peaks: list[int] = []
 
     def whole() -> None:
@@ -117,7 +117,13 @@ def on_a_quiet_disk(work: Callable[[], Any], out: Path, synced: bool) -> float:
     """Seconds that the work takes; `synced` says whether the disk must have what it wrote to `out`."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
-    return seconds(lambda: (work(), os.sync() if synced else None))
+
+    def until_done() -> None:
+        work()
+        if synced:
+            os.sync()
+
+    return seconds(until_done)
 
 
 def copy(written: Path, out: Path) -> None:

@@ -193,9 +193,12 @@ class TestContinued:
                 shutil.rmtree(tmp_path / ".out.unfinished")
 
         monkeypatch.setattr(fcntl, "flock", taken_late)
-        with continue_beside(tmp_path / "out", "job"):
-            with pytest.raises(InputError, match="another process"), continue_beside(tmp_path / "out", "job"):
-                pytest.fail("let in")
+        with (
+            continue_beside(tmp_path / "out", "job"),
+            pytest.raises(InputError, match="another process"),
+            continue_beside(tmp_path / "out", "job"),
+        ):
+            pytest.fail("let in")
         assert len(calls) == 2
 
     def test_a_file_system_without_locks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
