@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import random_checkpoint
 import torch
+from measuring import Spread, pairs, publish, ratio
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from moeprune.checkpoint.loading import Checkpoint
@@ -30,9 +30,17 @@ from moeprune.statistics.calibration import BATCH_TOKENS, calibrate
 from moeprune.statistics.passes import InMemoryPass
 from moeprune.steps import machine
 
-RESULTS = Path(__file__).parent / "results"
-LIMIT = 1.1
-_SMALL = {"vocab_size": 8192, "tie_word_embeddings": False, "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": 0}
+_NOTES = (
+    "Time is the clock's; CPU time is that of all threads of the process, which what else runs on the machine changes "
+    "less. In brackets the least and the most. The limit is 1.1."
+)
+_SMALL: dict[str, Any] = {
+    "vocab_size": 8192,
+    "tie_word_embeddings": False,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+}
 
 
 def granite(layers: int) -> PretrainedConfig:
@@ -76,51 +84,52 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One model in one dtype. Seconds are medians; the ratio is calibrating to passing, within pairs."""
+class Times:
+    """Of one piece of work, in seconds."""
+
+    clock: float
+    cpu: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model in one dtype, pair by pair."""
 
     model: str
     dtype: str
     tokens: int
     block_tokens: int
-    pass_seconds: float
-    calibration_seconds: float
-    ratio: float
-    least: float
-    most: float
-    pairs: int
+    passing: list[Times]
+    calibrating: list[Times]
+
+    def row(self) -> dict[str, str]:
+        passing, calibrating = ([times.clock for times in each] for each in (self.passing, self.calibrating))
+        cpu = [[times.cpu for times in each] for each in (self.calibrating, self.passing)]
+        return {
+            "model, one layer": self.model,
+            "dtype": self.dtype,
+            "tokens": f"{self.tokens:,} in blocks of {self.block_tokens}",
+            "forward pass, s": f"{Spread.of(passing):.2f}",
+            "calibrating, s": f"{Spread.of(calibrating):.2f}",
+            "ratio": f"{ratio(calibrating, passing):.3f}",
+            "ratio of CPU times": f"{ratio(*cpu):.3f}",
+        }
 
 
-def measure(name: str, checkpoint: Checkpoint, dtype: str, block_tokens: int, pairs: int) -> Row:
+def measure(name: str, checkpoint: Checkpoint, dtype: str, block_tokens: int, repeats: int) -> Result:
     model = checkpoint.load(machine.dtype_named(dtype))
     blocks = max(1, BATCH_TOKENS // block_tokens)
     ids_BS = torch.randint(0, model.config.get_text_config().vocab_size, (blocks, block_tokens))
     run, needed = InMemoryPass(model), statistics_for([DEFAULT])
-    both = [
-        lambda: bare(model, ids_BS),
-        lambda: calibrate(run, "benchmark", ids_BS, statistics=needed),
-    ]
-    for work in both:  # pays for what is allocated once
-        timed(work)
-    times: list[list[float]] = []
-    for pair in range(pairs):
-        first = pair % 2
-        one, other = timed(both[first]), timed(both[1 - first])
-        times.append([other, one] if first else [one, other])
-    ratios = [calibrating / passing for passing, calibrating in times]
-    passing, calibrating = (statistics.median(column) for column in zip(*times, strict=True))
-    return Row(
-        name,
-        dtype,
-        ids_BS.numel(),
-        block_tokens,
-        passing,
-        calibrating,
-        statistics.median(ratios),
-        min(ratios),
-        max(ratios),
-        pairs,
-    )
+
+    def calibrating() -> Times:
+        return timed(lambda: calibrate(run, "benchmark", ids_BS, statistics=needed))
+
+    def passing() -> Times:
+        return timed(lambda: bare(model, ids_BS))
+
+    calibrating(), passing()  # these pay for what is allocated once
+    return Result(name, dtype, ids_BS.numel(), block_tokens, *pairs(passing, calibrating, repeats))
 
 
 @torch.inference_mode()
@@ -128,12 +137,12 @@ def bare(model: PreTrainedModel, ids_BS: torch.Tensor) -> None:
     model.base_model(input_ids=ids_BS.to(model.device), use_cache=False)
 
 
-def timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], object]) -> Times:
     _wait()
-    started = time.perf_counter()
+    clock, cpu = time.perf_counter(), time.process_time()
     work()
     _wait()
-    return time.perf_counter() - started
+    return Times(time.perf_counter() - clock, time.process_time() - cpu)
 
 
 def _wait() -> None:
@@ -154,25 +163,6 @@ def checkpoints(own: Path | None, shapes: list[str]) -> Iterator[Iterator[tuple[
         yield iter([(own.name, Checkpoint(own))]) if own else made()
 
 
-def table(rows: list[Row]) -> str:
-    head = ["model", "dtype", "tokens", "forward pass, s", "calibrating, s", "ratio, median", "least to most", "pairs"]
-    lines = [head, ["---"] * 2 + ["---:"] * 6]
-    lines += [
-        [
-            row.model,
-            row.dtype,
-            f"{row.tokens:,} in blocks of {row.block_tokens}",
-            f"{row.pass_seconds:.2f}",
-            f"{row.calibration_seconds:.2f}",
-            f"{row.ratio:.3f}",
-            f"{row.least:.3f} to {row.most:.3f}",
-            str(row.pairs),
-        ]
-        for row in rows
-    ]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, metavar="DIR", help="your own checkpoint, in place of those made here")
@@ -183,19 +173,14 @@ def main() -> None:
     options = parser.parse_args()
     machine.quieten()
     torch.manual_seed(0)
-    rows = []
+    results = []
     with checkpoints(options.model, options.shapes) as found:
         for name, checkpoint in found:
             for dtype in options.dtypes:
-                rows.append(measure(name, checkpoint, dtype, options.block_tokens, options.pairs))
+                results.append(measure(name, checkpoint, dtype, options.block_tokens, options.pairs))
                 gc.collect()
-                sys.stderr.write(f"{name}, {dtype}: {rows[-1].ratio:.3f}\n")
-    text = table(rows)
-    sys.stdout.write(f"{text}\n")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "calibration.md").write_text(text + "\n")
-    record = {"machine": machine.describe(), "limit": LIMIT, "rows": [asdict(row) for row in rows]}
-    (RESULTS / "calibration.json").write_text(json.dumps(record, indent=1) + "\n")
+                sys.stderr.write(f"{name}, {dtype}: {results[-1].row()['ratio']}\n")
+    publish("calibration", "Calibrating above the bare forward pass", [each.row() for each in results], results, _NOTES)
 
 
 if __name__ == "__main__":

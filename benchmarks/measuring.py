@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
+
+T = TypeVar("T")
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,9 +46,10 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def pairs(one: Callable[[], float], other: Callable[[], float], repeats: int) -> tuple[list[float], list[float]]:
+def pairs(one: Callable[[], T], other: Callable[[], T], repeats: int) -> tuple[list[T], list[T]]:
     """Measure two things in turns, each first as often as the other; what disturbs the machine disturbs both."""
-    ones, others = [], []
+    ones: list[T] = []
+    others: list[T] = []
     for repeat in range(repeats):
         if repeat % 2:
             others.append(other())

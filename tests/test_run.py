@@ -255,7 +255,7 @@ class TestASecondRun:
     def test_does_not_calibrate_again(self, second: Outcome) -> None:
         assert second.code == 0, second.out + second.err
         assert re.search(r"^calibrate: +reused", second.out, re.MULTILINE)
-        assert second.parent.data.tags["moeprune.reused"] == "prepare, calibrate, merge-stats, cluster"
+        assert second.parent.data.tags["moeprune.reused"] == "calibrate, merge-stats, cluster"
         assert sorted(second.steps) == ["distill", "evaluate", "promote", "prune"]
 
     def test_has_its_own_results(self, house: House, second: Outcome) -> None:
