@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeprune.methods.voting import count_votes, fewest_votes, fewest_votes_across_layers
+from moeprune.methods.voting import ascending, count_votes, fewest_votes_across_layers
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROOT = Path(os.environ.get("MOEPRUNE_CPRUNE_REFERENCE") or REPOSITORY.parent / "shared" / "reference" / "cprune")
@@ -97,7 +97,7 @@ def select_layer_wise(stated: dict[str, Any], rate: float) -> dict[str, set[int]
         labels, distances = arrays(batches)
         experts = labels.shape[1]
         votes = count_votes(labels, distances, rate, experts)
-        selected[layer] = set(fewest_votes(votes, int(rate * experts)))
+        selected[layer] = set(ascending(votes)[: int(rate * experts)])
     return selected
 
 

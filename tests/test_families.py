@@ -12,6 +12,7 @@ import subprocess
 import sys
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import families
 import families_table
@@ -23,9 +24,13 @@ from masking import CHOICE_BIAS, experts_modules, largest_difference, plain_logi
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moeprune.checkpoint.loading import Checkpoint
-from moeprune.checkpoint.surgery import apply
+from moeprune.checkpoint.surgery import apply, check_fits
+from moeprune.methods import make_plan
 from moeprune.plan import LayerPlan, Plan
+from moeprune.statistics.calibration import calibrate
 from moeprune.statistics.observer import ExpertsCall, observe
+from moeprune.statistics.passes import InMemoryPass
+from moeprune.streaming.streamed import StreamedPass
 
 KINDS = {"uniform": [6], "uneven": [6, 4, 8]}  # experts that stay in each layer, and over again
 CASES = [(family, kind) for family in families.discovered() for kind in KINDS]
@@ -61,6 +66,8 @@ def prune(family: str, kind: str, model: PreTrainedModel, source: Path, out: Pat
     groups = getattr(model.config.get_text_config(), "n_group", None) or 1
     keep = [most_used(call, count, groups) for call, count in zip(calls, cycle(KINDS[kind]), strict=False)]
     checkpoint = Checkpoint(source)
+    if kind == "uniform":
+        keep = decided(checkpoint, model, ids_BS)
     layers = {
         call.layer: LayerPlan(experts=families.EXPERTS, top_k=call.index_TK.shape[1], keep=kept)
         for call, kept in zip(calls, keep, strict=True)
@@ -68,6 +75,23 @@ def prune(family: str, kind: str, model: PreTrainedModel, source: Path, out: Pat
     plan = Plan(method="use", options={}, ratio=0.25, model=checkpoint.fingerprint, data="0" * 32, layers=layers)
     apply(checkpoint, plan, out)
     return Case(model, calls, checkpoint.layout, keep, ids_BS, out)
+
+
+def decided(checkpoint: Checkpoint, model: PreTrainedModel, ids_BS: torch.Tensor) -> list[list[int]]:
+    """What stays, as calibration and a method say, with the model in memory and brought in part by part alike."""
+    settings: dict[str, Any] = {"groups": 2, "router_groups": checkpoint.layout.groups}
+    stats = calibrate(InMemoryPass(model), checkpoint.fingerprint, ids_BS, **settings)
+    streamed = calibrate(StreamedPass(checkpoint), checkpoint.fingerprint, ids_BS, **settings)
+    assert stats.layers.keys() == streamed.layers.keys() == checkpoint.layout.layers.keys()
+    for name, layer in stats.layers.items():
+        same = streamed.layers[name]
+        assert torch.equal(layer.count("routed_tokens"), same.count("routed_tokens"))
+        for key in layer.sums:
+            torch.testing.assert_close(layer.sum(key), same.sum(key), rtol=1e-4, atol=1e-4)
+    uneven = make_plan("c-prune", 0.4, stats, options={"layerwise_share": 0.5})
+    check_fits(checkpoint, uneven)
+    assert uneven.removed > 0
+    return list(make_plan("frequency", 0.25, stats).keep.values())
 
 
 def run_elsewhere(cases: dict[tuple[str, str], Case], root: Path) -> None:

@@ -17,8 +17,9 @@ from moeprune.clusters import make_clusters
 from moeprune.errors import InputError
 from moeprune.methods import METHODS, make_plan
 from moeprune.methods.base import count_of
-from moeprune.methods.voting import count_votes, fewest_votes, fewest_votes_across_layers, representatives
+from moeprune.methods.voting import ascending, count_votes, fewest_votes_across_layers, representatives
 from moeprune.plan import Plan
+from moeprune.router_groups import RouterGroups
 from moeprune.statistics import Stats
 
 PER_LAYER = ["frequency", "random"]
@@ -120,6 +121,37 @@ def test_c_prune_keeps_the_representatives_of_each_cluster() -> None:
     assert nearest == [0, 5, 6, 7]
     # The most used of each cluster are 3 and 7.
     assert used == [3, 5, 6, 7]
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    ratio=st.floats(0, 0.5),
+    share=st.floats(0, 1),
+    shape=st.sampled_from([(2, 1), (4, 2), (2, 2)]),
+)
+@settings(max_examples=40)
+def test_each_of_the_router_s_groups_loses_the_same(
+    seed: int, ratio: float, share: float, shape: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    used = torch.randint(0, 100, (3, 16), generator=generator).tolist()
+    stats = tiny.make_stats(used, torch.randn(3, 2, 16, 4, generator=generator))
+    groups = RouterGroups(*shape)
+    for layer in stats.layers.values():
+        layer.groups = groups
+    for method, options in (("frequency", {}), ("random", {"seed": seed}), ("c-prune", {"layerwise_share": share})):
+        plan = make_plan(method, ratio, stats, options=options)
+        for layer_plan in plan.layers.values():
+            assert len(set(groups.of_each(layer_plan.keep, 16))) == 1
+        assert 0 <= ratio - plan.removed < (groups.count / 16 if method != "c-prune" else 2 * groups.count / 16)
+
+
+def test_groups_lose_their_own_least_used() -> None:
+    stats = tiny.make_stats([[1, 2, 3, 4, 50, 60, 70, 80]])
+    next(iter(stats.layers.values())).groups = RouterGroups(2, 1)
+    assert make_plan("frequency", 0.5, stats).layers["model.layers.0.mlp.experts"].keep == [2, 3, 6, 7]
+    with pytest.raises(InputError, match=r"taken from 1 of 2 equal groups.*largest ratio for this model is 0\.5"):
+        make_plan("frequency", 0.75, stats)
 
 
 def test_clusters_made_beforehand_give_the_same_plan() -> None:
@@ -259,8 +291,8 @@ class TestVoting:
 
     def test_fewest_votes(self) -> None:
         votes = np.array([2, 1, 2, 1, 0])
-        assert fewest_votes(votes, 3) == [4, 1, 3]
-        assert fewest_votes(votes, 3, np.array([0, 9, 0, 1, 5])) == [4, 3, 1]
+        assert ascending(votes)[:3] == [4, 1, 3]
+        assert ascending(votes, np.array([0, 9, 0, 1, 5]))[:3] == [4, 3, 1]
 
     def test_a_layer_loses_no_more_than_it_has_room_for(self) -> None:
         votes = np.array([0, 0, 0, 1, 2, 3])

@@ -124,7 +124,7 @@ def test_the_file_says_what_it_is(whole: Stats, tmp_path: Path) -> None:
     file_bytes(whole, tmp_path)
     with safe_open(tmp_path / "stats.safetensors", "pt") as file:
         header = json.loads(file.metadata()["moeprune_stats"])
-    assert header["version"] == 1
+    assert header["version"] == 2
     assert {key: header[key] for key in ("model", "data", "blocks")} == {
         "model": "model",
         "data": whole.data,
@@ -216,7 +216,7 @@ class TestWhatCannotBeLoaded:
         self.refused(path, "not a readable Stats file")
 
     def test_another_version(self, path: Path) -> None:
-        self.refused(self.rewritten(path, lambda header: header.update(version=2)), "another version")
+        self.refused(self.rewritten(path, lambda header: header.update(version=1)), "another version")
 
     @pytest.mark.parametrize("key", ["version", "model", "layers", "statistics", "blocks_per_group"])
     def test_an_incomplete_header(self, path: Path, key: str) -> None:

@@ -23,6 +23,7 @@ from moeprune.checkpoint import modelling, prediction_layers, unsupported
 from moeprune.checkpoint.files import CheckpointFiles
 from moeprune.checkpoint.stored_names import StoredExperts, StoredTensors, as_stored_here, stored_ways
 from moeprune.errors import InputError
+from moeprune.router_groups import NO_GROUPS, RouterGroups
 
 _TABLE_AXES = 2
 
@@ -59,6 +60,7 @@ class Layout:
         aliases: every name that number may have in `config.json`.
         left_out: stored tensor -> why the pruned checkpoint does not carry it.
         config_changes: dotted path in `config.json` -> the value that the pruned checkpoint has there.
+        groups: of experts, among which its routers choose first.
     """
 
     layers: dict[str, LayerLayout]
@@ -66,6 +68,7 @@ class Layout:
     aliases: frozenset[str]
     left_out: dict[str, str] = field(default_factory=dict)
     config_changes: dict[str, Any] = field(default_factory=dict)
+    groups: RouterGroups = NO_GROUPS
 
 
 def experts_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -118,6 +121,7 @@ def find_layout(config: PretrainedConfig, files: CheckpointFiles | None = None) 
         frozenset({config_path[-1], *(alias for alias, own in holder.attribute_map.items() if own == config_path[-1])}),
         left_out,
         prediction_layers.config_changes(config) if left_out else {},
+        _router_groups(holder),
     )
 
 
@@ -230,6 +234,13 @@ def _grown_axes(
             raise unsupported.refusal(config, unsupported.UNKNOWN_GROWTH.format(tensor=name))
         axes[name] = growth.index(1)
     return axes
+
+
+def _router_groups(holder: PretrainedConfig) -> RouterGroups:
+    count = getattr(holder, "n_group", None) or 1
+    if count == 1 or getattr(holder, "topk_method", "") == "greedy":
+        return NO_GROUPS
+    return RouterGroups(count, holder.topk_group)
 
 
 def _siblings(extra: str, experts: int, stored: dict[str, torch.Tensor]) -> list[str]:

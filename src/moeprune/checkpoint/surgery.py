@@ -8,7 +8,6 @@ generation config, licence.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -103,24 +102,18 @@ def check_fits(source: Checkpoint, plan: Plan) -> None:
 
 def _check_groups(source: Checkpoint, plan: Plan) -> None:
     """Raise InputError where the router first chooses among equal groups of experts, and they would not stay equal."""
-    holder = source.config
-    for part in source.layout.config_path[:-1]:
-        holder = getattr(holder, part)
-    groups = getattr(holder, "n_group", None) or 1
-    if groups == 1 or getattr(holder, "topk_method", "") == "greedy":
-        return
+    groups = source.layout.groups
     for name, layer in plan.layers.items():
-        kept = Counter(expert // (layer.experts // groups) for expert in layer.keep)
-        if len(kept) < groups or len(set(kept.values())) > 1:
+        kept = groups.of_each(layer.keep, layer.experts)
+        if len(set(kept)) > 1:
             raise InputError(
-                f"the router of {name} chooses among {groups} groups of experts before it chooses experts; "
+                f"the router of {name} chooses among {groups.count} groups of experts before it chooses experts; "
                 "the plan must keep the same number of each group"
             )
-        chosen = min(kept.values()) * holder.topk_group
-        if chosen < layer.top_k:
+        if len(layer.keep) < groups.least_kept(layer.top_k):
             raise InputError(
-                f"the router of {name} chooses {layer.top_k} experts from {holder.topk_group} of {groups} groups, in "
-                f"which the plan keeps only {chosen}; keep more of each group"
+                f"the router of {name} chooses {layer.top_k} experts from {groups.chosen} of {groups.count} groups, in "
+                f"which the plan keeps only {kept[0] * groups.chosen}; keep more of each group"
             )
 
 

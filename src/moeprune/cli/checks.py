@@ -63,7 +63,7 @@ def _check_model_and_texts(arguments: dict[str, Any]) -> None:
         top_k = getattr(checkpoint.config.get_text_config(), "num_experts_per_tok", None)
         for name, layer in checkpoint.layout.layers.items():
             if top_k:  # a model that calls it otherwise is checked where it is pruned
-                check_room(arguments["ratio"], name, layer.experts, top_k)
+                check_room(arguments["ratio"], name, layer.experts, top_k, checkpoint.layout.groups)
         tokenizer = checkpoint.tokenizer()
     block_tokens, text_field = arguments["block_tokens"], arguments["text_field"]
     for mixture in [arguments["data"], *arguments["evaluation_data"]]:

@@ -12,6 +12,7 @@ from moeprune.errors import InputError
 from moeprune.methods import c_prune, frequency, random
 from moeprune.methods.base import Evidence, Method, count_of
 from moeprune.plan import LayerPlan, Plan
+from moeprune.router_groups import RouterGroups
 from moeprune.statistics import Stats
 
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (c_prune, frequency, random)}
@@ -39,7 +40,7 @@ def make_plan(
     check_ratio(ratio)
     _check_statistics(chosen, stats)
     for name, layer in stats.layers.items():
-        check_room(ratio, name, layer.experts, layer.top_k)
+        check_room(ratio, name, layer.experts, layer.top_k, layer.groups)
     if clusters and (clusters.model, clusters.data) != (stats.model, stats.data):
         raise InputError("the Clusters were not made from these Stats; make them again with `moeprune cluster`")
     if chosen.uses_clusters and clusters is None:
@@ -82,13 +83,18 @@ def check_ratio(ratio: float) -> None:
         raise InputError(f"the ratio of experts to remove must be at least 0 and below 1, not {ratio:g}")
 
 
-def check_room(ratio: float, layer: str, experts: int, top_k: int) -> None:
+def check_room(ratio: float, layer: str, experts: int, top_k: int, groups: RouterGroups) -> None:
     """Raises InputError where a ratio leaves a layer fewer experts than run for a token."""
-    if experts - count_of(ratio, experts) < top_k:
+    least = groups.least_kept(top_k)
+    if experts - count_of(ratio, experts, groups) < least:
         raise InputError(
             f"removing {ratio:g} of the {experts} experts of {layer} leaves fewer than the {top_k} that run for each "
-            f"token; the largest ratio for this model is {1 - top_k / experts:g}"
+            f"token{_from(groups)}; the largest ratio for this model is {1 - least / experts:g}"
         )
+
+
+def _from(groups: RouterGroups) -> str:
+    return f", taken from {groups.chosen} of {groups.count} equal groups" if groups.count > 1 else ""
 
 
 def parse_options(method: Method, options: dict[str, Any]) -> Any:

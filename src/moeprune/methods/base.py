@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from moeprune.clusters import Clusters
-from moeprune.statistics import Stats
+from moeprune.router_groups import NO_GROUPS, RouterGroups
+from moeprune.statistics import LayerStats, Stats
 
 Keep = dict[str, list[int]]
 
@@ -54,9 +55,18 @@ class Method:
     statistics: frozenset[str] = frozenset()
 
 
-def count_of(ratio: float, experts: int) -> int:
-    """The whole number of experts that a ratio removes, never more than it says. A rounding error does not cost one."""
-    return int(ratio * experts + 1e-9)
+def count_of(ratio: float, experts: int, groups: RouterGroups = NO_GROUPS) -> int:
+    """The whole number of experts that a ratio removes, the same of each of the router's groups.
+
+    Never more than the ratio says; a rounding error does not cost one.
+    """
+    return groups.whole(int(ratio * experts + 1e-9))
+
+
+def keep_last(order: Iterable[int], ratio: float, layer: LayerStats) -> list[int]:
+    """The experts of a layer that stay where a ratio of them goes, those first that come first in the order."""
+    count = count_of(ratio, layer.experts, layer.groups)
+    return keep_all_but(layer.groups.take(order, count, layer.experts), layer.experts)
 
 
 def keep_all_but(drop: list[int], experts: int) -> list[int]:

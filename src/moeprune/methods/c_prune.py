@@ -13,14 +13,15 @@ Axes: G groups that vote, E experts of a layer, N experts left in all layers, H 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from moeprune.clusters import assign, mean_outputs
-from moeprune.methods.base import Evidence, Keep, Method, Options, count_of, keep_all_but
-from moeprune.methods.voting import count_votes, fewest_votes, fewest_votes_across_layers
+from moeprune.methods.base import Evidence, Keep, Method, Options, count_of, keep_last
+from moeprune.methods.voting import ascending, count_votes, fewest_votes_across_layers
 from moeprune.statistics import LayerStats
 
 _LARGEST_SHARE_OF_A_LAYER = 0.9  # no layer loses more
@@ -56,7 +57,7 @@ def _prune_layers(evidence: Evidence, rate: float, options: CPruneOptions) -> Ke
         made, use_E = evidence.clusters.layers[name], _use(layer)
         rank_GE = _rank(options, made.distance_GE, use_E)
         votes_E = count_votes(made.label_GE, rank_GE, rate, layer.experts)
-        keep[name] = keep_all_but(fewest_votes(votes_E, count_of(rate, layer.experts), use_E), layer.experts)
+        keep[name] = keep_last(ascending(votes_E, use_E), rate, layer)
     return keep
 
 
@@ -75,9 +76,15 @@ def _prune_globally(evidence: Evidence, keep: Keep, count: int, options: CPruneO
     experts_per_layer = max(layer.experts for layer in stats.layers.values())
     votes_N = count_votes(label_GN, _rank(options, distance_GN, use_N), count / len(left), experts_per_layer)
     room = {name: _most_to_lose(layer) - (layer.experts - len(keep[name])) for name, layer in stats.layers.items()}
-    gone = fewest_votes_across_layers(votes_N, [name for name, _ in left], room, count, use_N)
-    removed = {left[place] for place in gone}
-    return {name: [expert for expert in experts if (name, expert) not in removed] for name, experts in keep.items()}
+    groups = next(iter(stats.layers.values())).groups
+    gone = fewest_votes_across_layers(votes_N, [name for name, _ in left], room, count, use_N, groups.count)
+    lost = Counter(left[place][0] for place in gone)
+    order: dict[str, list[int]] = {name: [] for name in keep}
+    for place in ascending(votes_N, use_N):
+        name, expert = left[place]
+        order[name].append(expert)
+    removed = {name: set(groups.take(order[name], lost[name], stats.layers[name].experts)) for name in keep}
+    return {name: [expert for expert in experts if expert not in removed[name]] for name, experts in keep.items()}
 
 
 def _use(layer: LayerStats) -> np.ndarray[Any, Any]:
@@ -92,7 +99,8 @@ def _rank(
 
 
 def _most_to_lose(layer: LayerStats) -> int:
-    return min(int(_LARGEST_SHARE_OF_A_LAYER * layer.experts), layer.experts - layer.top_k)
+    most = min(int(_LARGEST_SHARE_OF_A_LAYER * layer.experts), layer.experts - layer.groups.least_kept(layer.top_k))
+    return layer.groups.whole(most)
 
 
 METHOD = Method(

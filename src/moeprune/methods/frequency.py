@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from moeprune.methods.base import Evidence, Keep, Method, Options, count_of, keep_all_but
+from moeprune.methods.base import Evidence, Keep, Method, Options, keep_last
 
 
 def decide(evidence: Evidence, ratio: float, options: Options) -> Keep:
     return {
-        name: keep_all_but(
-            layer.count("routed_tokens").argsort(stable=True)[: count_of(ratio, layer.experts)].tolist(), layer.experts
-        )
+        name: keep_last(layer.count("routed_tokens").argsort(stable=True).tolist(), ratio, layer)
         for name, layer in evidence.stats.layers.items()
     }
 

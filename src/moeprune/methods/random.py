@@ -6,7 +6,7 @@ from random import Random
 
 from pydantic import Field
 
-from moeprune.methods.base import Evidence, Keep, Method, Options, count_of, keep_all_but
+from moeprune.methods.base import Evidence, Keep, Method, Options, keep_last
 
 
 class RandomOptions(Options):
@@ -16,7 +16,7 @@ class RandomOptions(Options):
 def decide(evidence: Evidence, ratio: float, options: RandomOptions) -> Keep:
     lot = Random(options.seed)
     return {
-        name: keep_all_but(lot.sample(range(layer.experts), count_of(ratio, layer.experts)), layer.experts)
+        name: keep_last(lot.sample(range(layer.experts), layer.experts), ratio, layer)
         for name, layer in evidence.stats.layers.items()
     }
 

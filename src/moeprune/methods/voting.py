@@ -41,13 +41,14 @@ def count_votes(
     return votes_N
 
 
-def fewest_votes(votes_N: np.ndarray[Any, Any], count: int, use_N: np.ndarray[Any, Any] | None = None) -> list[int]:
-    """The `count` experts to prune.
+def ascending(votes_N: np.ndarray[Any, Any], use_N: np.ndarray[Any, Any] | None = None) -> list[int]:
+    """Experts in the order in which they are pruned.
 
     Among equals, the least used goes first; without `use_N`, as in the published selections, the one with the lower
     index.
     """
-    return _ascending(votes_N, use_N)[:count]
+    ties_N = np.zeros_like(votes_N) if use_N is None else use_N
+    return np.lexsort((ties_N, votes_N)).tolist()  # stable: the index decides last
 
 
 def fewest_votes_across_layers(
@@ -56,27 +57,30 @@ def fewest_votes_across_layers(
     room: dict[str, int],
     count: int,
     use_N: np.ndarray[Any, Any] | None = None,
+    lot: int = 1,
 ) -> list[int]:
-    """The same over all layers in one list, no layer losing more than it has room for.
+    """Those to prune of all layers in one list, no layer losing more than it has room for.
 
     Args:
         votes_N: votes.
         layer_N: the layer of each expert.
         room: for each layer, how many more of its experts may go.
         count: how many go in all, as far as there is room.
-        use_N: as in `fewest_votes`.
+        use_N: as in `ascending`.
+        lot: a layer loses so many at once or none.
     """
-    room = dict(room)
+    waiting: dict[str, list[int]] = {layer: [] for layer in room}
+    lost = dict.fromkeys(room, 0)
     gone: list[int] = []
-    for expert in _ascending(votes_N, use_N):
-        if len(gone) == count:
+    for expert in ascending(votes_N, use_N):
+        layer = layer_N[expert]
+        if len(gone) + lot > count:
             break
-        if room[layer_N[expert]] > 0:
-            room[layer_N[expert]] -= 1
-            gone.append(expert)
+        if lost[layer] + lot > room[layer]:
+            continue
+        waiting[layer].append(expert)
+        if len(waiting[layer]) == lot:
+            gone += waiting[layer]
+            lost[layer] += lot
+            waiting[layer] = []
     return gone
-
-
-def _ascending(votes_N: np.ndarray[Any, Any], use_N: np.ndarray[Any, Any] | None) -> list[int]:
-    ties_N = np.zeros_like(votes_N) if use_N is None else use_N
-    return np.lexsort((ties_N, votes_N)).tolist()  # stable: the index decides last

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from moeprune.errors import InputError
+from moeprune.router_groups import NO_GROUPS, RouterGroups
 from moeprune.statistics.collectors import COLLECTORS, Collector, Seen, find
 from moeprune.statistics.exact import ExactSum
 from moeprune.statistics.observer import ExpertsCall
@@ -29,6 +30,7 @@ def calibrate(
     statistics: Iterable[str] = COLLECTORS,
     source: str = "",
     groups: int = GROUPS,
+    router_groups: RouterGroups = NO_GROUPS,
     batch_blocks: int | None = None,
     shard: int = 0,
     shards: int = 1,
@@ -46,6 +48,7 @@ def calibrate(
         source: address of the data; the Stats carry it.
         groups: C-Prune clusters each group of blocks for itself and lets the groups vote. Which group a block falls
             into is read from its content, so that it is the same whoever computes it.
+        router_groups: of the model's layout.
         batch_blocks: blocks per forward pass; by default as many as make `BATCH_TOKENS`.
         shard, shards: take only every `shards`-th batch, from `shard` on. The Stats of all shards, merged, are those of
             one run over everything, bit for bit.
@@ -78,7 +81,9 @@ def calibrate(
     file_number = count()
 
     def watch(number: int, rows: slice, call: ExpertsCall) -> None:
-        layer = layers.setdefault(call.layer, LayerStats(call.layer_experts, call.index_TK.shape[-1]))
+        layer = layers.setdefault(
+            call.layer, LayerStats(call.layer_experts, call.index_TK.shape[-1], groups=router_groups)
+        )
         _take_down(
             Seen(call, batches[number].mask_BS[rows], group_of[number][rows], groups), collectors, layer, new_sum
         )

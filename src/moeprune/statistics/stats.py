@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 
 from moeprune.atomic import write_beside
 from moeprune.errors import InputError
+from moeprune.router_groups import NO_GROUPS, RouterGroups
 from moeprune.statistics.exact import ExactSum
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -32,6 +33,7 @@ class LayerStats:
     Attributes:
         experts: routed experts E of the layer.
         top_k: experts that run for a token.
+        groups: of experts, among which the router chooses first.
         counts: name -> int64 tensor, for example `routed_tokens` [E].
         sums: name -> ExactSum, for example `gate` [E] or `probe_output` [G, E, H].
     """
@@ -40,6 +42,7 @@ class LayerStats:
     top_k: int
     counts: dict[str, torch.Tensor] = field(default_factory=dict)
     sums: dict[str, ExactSum] = field(default_factory=dict)
+    groups: RouterGroups = NO_GROUPS
 
     def count(self, name: str) -> torch.Tensor:
         """Raises InputError where calibration was not asked to collect it."""
@@ -85,7 +88,9 @@ class Stats:
         """Write the file beside its place, then rename it."""
         header = asdict(replace(self, layers={}))
         header["version"] = VERSION
-        header["layers"] = [[name, s.experts, s.top_k] for name, s in self.layers.items()]  # a list keeps their order
+        header["layers"] = [
+            [name, s.experts, s.top_k, astuple(s.groups)] for name, s in self.layers.items()
+        ]  # a list keeps their order
         tensors: dict[str, torch.Tensor] = {}
         for name, layer in self.layers.items():
             tensors |= {f"{name}/{key}": count.cpu().contiguous() for key, count in layer.counts.items()}
@@ -107,7 +112,10 @@ class Stats:
                 if header.pop("version") != VERSION:
                     raise InputError(f"{path} holds Stats of another version of moeprune; calibrate again")
                 kinds = header.pop("statistics")
-                layers = {name: LayerStats(experts, top_k) for name, experts, top_k in header.pop("layers")}
+                layers = {
+                    name: LayerStats(experts, top_k, groups=RouterGroups(*groups))
+                    for name, experts, top_k, groups in header.pop("layers")
+                }
                 for key in file.keys():  # noqa: SIM118 (a file handle, not a dict)
                     name, statistic = key.rsplit("/", 1)
                     if kinds[statistic] == "sum":
@@ -162,7 +170,7 @@ def merge(parts: list[Stats]) -> Stats:
             raise InputError(f"Stats {index} cannot be added to the first: they hold other statistics or groups")
     for name, layer in first.layers.items():
         siblings = [part.layers[name] for part in parts]
-        summed = LayerStats(layer.experts, layer.top_k)
+        summed = LayerStats(layer.experts, layer.top_k, groups=layer.groups)
         for key, count in layer.counts.items():
             summed.counts[key] = torch.stack([s.counts[key] for s in siblings]).sum(0).to(count.dtype)
         for key, limbs in layer.sums.items():

@@ -93,6 +93,7 @@ def calibrate(
                 statistics=statistics_for([DEFAULT, *BASELINES]) if statistics is None else statistics,
                 source=blocks.address,
                 groups=groups,
+                router_groups=checkpoint.layout.groups,
                 batch_blocks=batch_blocks,
                 shard=shard,
                 shards=shards,
