@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
 
-from moeprune.checkpoint.files import TensorEntry
+from moeprune.checkpoint.files import CheckpointFiles, TensorEntry
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.other_files import CARD_NAME, copy_other_files
 from moeprune.checkpoint.pieces import PlannedTensor, Values, unchanged
 from moeprune.checkpoint.shards import SHARD_BYTES, index_of, plan_shards, write_shard
+from moeprune.checkpoint.stored_names import stored_ways
+from moeprune.errors import InputError
 
 
 def rewrite(source: Checkpoint, model: PreTrainedModel, parameters: Mapping[str, torch.Tensor], out: Path) -> None:
@@ -24,16 +24,19 @@ def rewrite(source: Checkpoint, model: PreTrainedModel, parameters: Mapping[str,
         source: what is copied; its tensors keep their dtypes.
         model: the model that the parameters are of; it says how they are stored.
         parameters: new values by the model's own names.
+
+    Raises:
+        InputError: the checkpoint stores these parameters in a way that is not known.
     """
     copy_other_files(source.directory, out)
     if (card := source.directory / CARD_NAME).is_file():
         (out / CARD_NAME).write_text(card.read_text())
-    named = dict(parameters)
-    if not named.keys() <= source.files.entries.keys():  # stored under other names, or split, than in the model
-        model._weight_conversions = get_model_conversion_mapping(model)
-        named = revert_weight_conversion(model, named)
-
     files = source.files
+    named = next((way for way in stored_ways(model, dict(parameters)) if _holds(files, way)), None)
+    if named is None:
+        raise InputError(
+            f"{files.address} does not store {next(iter(parameters))} in any way that its family is known by"
+        )
 
     def planned(name: str, entry: TensorEntry) -> PlannedTensor:
         if name not in named:
@@ -46,3 +49,9 @@ def rewrite(source: Checkpoint, model: PreTrainedModel, parameters: Mapping[str,
         write_shard(shard, files.source, out / shard.name)
     for name, text in index_of(shards).items():
         (out / name).write_text(text)
+
+
+def _holds(files: CheckpointFiles, tensors: Mapping[str, torch.Tensor]) -> bool:
+    return all(
+        name in files.entries and files.entries[name].shape == tuple(tensor.shape) for name, tensor in tensors.items()
+    )

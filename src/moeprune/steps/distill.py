@@ -11,6 +11,7 @@ from moeprune.atomic import build_beside, refuse_to_overwrite
 from moeprune.checkpoint.loading import Checkpoint, default_device
 from moeprune.checkpoint.rewriting import rewrite
 from moeprune.checkpoint.surgery import check_fits
+from moeprune.checkpoint.unsupported import quantisation
 from moeprune.distillation import Distilled
 from moeprune.distillation import distill as recover
 from moeprune.errors import InputError
@@ -61,6 +62,11 @@ def distill(
         original = Checkpoint(teacher_directory, trust_remote_code)
         pruned = Checkpoint(student_directory, trust_remote_code)
         check_fits(original, decided)
+        if method := quantisation(pruned.config):
+            raise InputError(
+                f"the weights of {student} are quantised as {method} and would have to be quantised again after "
+                "training; prune and distill the unquantised original"
+            )
         if pruned.experts_per_layer != decided.experts_per_layer:
             raise InputError(
                 f"{student} does not keep the experts that {plan} says; apply that plan to {teacher} first"
