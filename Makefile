@@ -11,7 +11,7 @@ S3_PORT     ?= 8333
 export MLFLOW_PORT S3_PORT
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down test families lint format compile reference-model lock clean
+.PHONY: help run up down test families bench lint format compile reference-model lock clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,16 @@ test: $(VENV)/ready-dev  ## the tests
 
 families: $(VENV)/ready-dev  ## prune a tiny model of every family, and write docs/families.md
 	@$(BIN)/pytest -q tests/test_families.py --write-families
+
+bench: $(VENV)/ready-dev build/peer/ready  ## measure speed and memory, alone on the machine; writes benchmarks/results
+	@for name in surgery calibration streaming growth; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@$(BIN)/python benchmarks/peers.py --peer-python build/peer/bin/python
+
+build/peer/ready:
+	@echo "installing llmcompressor into build/peer ..."
+	@$(PYTHON) -m venv build/peer
+	@build/peer/bin/pip install -q --disable-pip-version-check 'torch==2.13.0' 'llmcompressor>=0.14' 'transformers>=5.15,<5.18'
+	@touch $@
 
 lint: $(VENV)/ready-dev  ## style and types
 	@$(BIN)/ruff check .
