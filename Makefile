@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STATE  ?= .moeprune
 ARGS   ?=
+PROCESSES ?= 2
 
 MLFLOW_PORT ?= 5000
 S3_PORT     ?= 8333
@@ -25,8 +26,8 @@ up: $(VENV)/ready  ## start the MLflow and S3 servers and leave them running
 down: $(VENV)/ready  ## stop them
 	@$(BIN)/moeprune down --state $(STATE)
 
-test: $(VENV)/ready-dev  ## the tests
-	@$(BIN)/pytest -q $(ARGS)
+test: $(VENV)/ready-dev  ## the tests, in PROCESSES at once (2)
+	@$(BIN)/pytest -q -n $(PROCESSES) --dist worksteal $(ARGS)
 
 families: $(VENV)/ready-dev  ## prune a tiny model of every family, and write docs/families.md
 	@$(BIN)/pytest -q tests/test_families.py --write-families

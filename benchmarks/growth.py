@@ -112,8 +112,7 @@ def measure_here(directory: str, streamed: bool, tokens: int) -> dict[str, float
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(1, 2000, (tokens // _BLOCK_TOKENS, _BLOCK_TOKENS), generator=generator)
     started = time.perf_counter()
-    dtype = torch.bfloat16
-    through = StreamedPass(checkpoint, dtype=dtype) if streamed else InMemoryPass(checkpoint.load(dtype))
+    through = StreamedPass(checkpoint) if streamed else InMemoryPass(checkpoint.load())
     calibrate(through, "model", ids_BS, statistics=statistics_for([DEFAULT, *BASELINES]), batch_blocks=4)
     return {"seconds": time.perf_counter() - started, "memory": _peak() - before}
 

@@ -3,7 +3,7 @@
     python benchmarks/peers.py --peer-python build/peer/bin/python [--gib 2] [--blocks 16] [--repeats 3]
 
 `make build/peer` makes the other's environment, which wants transformers 5.15 to 5.17. Time and memory: a model of
-OLMoE's shape with random weights, bfloat16, half of the experts removed. Ours by the default method with three
+OLMoE's shape with random weights, computed in float32, half of the experts removed. Ours by the default method with three
 commands, each a process with its own start; theirs in one process, which saves what it has in memory. Families: a tiny
 checkpoint of each that our transformers dispatches through its experts interface, pruned by half and loaded again.
 """
@@ -54,7 +54,7 @@ def compare_cost(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]
     def run_ours() -> float:
         shutil.rmtree(scratch / "ours", ignore_errors=True)
         stats, plan = scratch / "stats", scratch / "plan.json"
-        read = ["--block-tokens", _BLOCK_TOKENS, "--max-blocks", arguments.blocks, "--dtype", "bfloat16"]
+        read = ["--block-tokens", _BLOCK_TOKENS, "--max-blocks", arguments.blocks]
         steps = [
             ["calibrate", "--model", model, "--data", text, "--out", stats, *read],
             ["plan", "--method", "c-prune", "--ratio", 0.5, "--stats", stats, "--out", plan],
@@ -65,7 +65,7 @@ def compare_cost(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]
 
     def run_theirs() -> float:
         shutil.rmtree(scratch / "theirs", ignore_errors=True)
-        theirs.append(run([arguments.peer_python, _PEER, tokens, scratch / "theirs", "0.5", "bfloat16", model]))
+        theirs.append(run([arguments.peer_python, _PEER, tokens, scratch / "theirs", "0.5", "float32", model]))
         return theirs[-1].seconds
 
     our_seconds, their_seconds = pairs(run_ours, run_theirs, arguments.repeats)

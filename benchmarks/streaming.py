@@ -3,7 +3,7 @@
     python benchmarks/streaming.py [--gib 8] [--limit 2GiB] [--blocks 16] [--directory DIR]
 
 The model has the shape of OLMoE-1B-7B with as many layers as make up the size, and random weights. It is calibrated for
-every statistic of the default method, in bfloat16, on blocks of 256 tokens of the built-in code. To show that the limit
+every statistic of the default method, on blocks of 256 tokens of the built-in code. To show that the limit
 is one, the model is at last calibrated in memory under the same limit, which must fail.
 """
 

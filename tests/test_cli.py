@@ -31,6 +31,7 @@ from moeprune.statistics import Stats
 Run = Callable[..., tuple[int, str, str]]
 COMMANDS = ["calibrate", "merge-stats", "cluster", "plan", "apply", "distill", "evaluate", "promote", "methods"]
 BLOCKS = ("--block-tokens", tiny.BLOCK_TOKENS)
+BATCHES = ("--batch-blocks", 8)  # more than one of them, to be shared
 PROGRAM = [sys.executable, "-c", "from moeprune.cli import main; main()"]
 
 
@@ -87,7 +88,11 @@ class TestAWalk:
         parts = [walk.root / f"part-{shard}" for shard in range(2)]
         for shard, part in enumerate(parts):
             options = ("--groups", 3, "--shard", shard, "--shards", 2)
-            succeeds(run_cli("calibrate", "--model", walk.model, "--data", walk.data, "--out", part, *BLOCKS, *options))
+            succeeds(
+                run_cli(
+                    "calibrate", "--model", walk.model, "--data", walk.data, "--out", part, *BLOCKS, *BATCHES, *options
+                )
+            )
         succeeds(run_cli("merge-stats", *parts, "--out", walk.root / "merged"))
         assert (walk.root / "merged").read_bytes() == walk.stats.read_bytes()
 

@@ -23,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Console(soft_wrap=True)  # a line is a line, also for whoever reads it by a program
 
 ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help="the original model")]
 DataOption = Annotated[str, typer.Option("--data", metavar="DATA", help="text of the domain to prune for")]
