@@ -3,9 +3,9 @@
     python benchmarks/peers.py --peer-python build/peer/bin/python [--gib 2] [--blocks 16] [--repeats 3]
 
 `make build/peer` makes the other's environment, which wants transformers 5.15 to 5.17. Time and memory: a model of
-OLMoE's shape with random weights, computed in float32, half of the experts removed. Ours by the default method with three
-commands, each a process with its own start; theirs in one process, which saves what it has in memory. Families: a tiny
-checkpoint of each that our transformers dispatches through its experts interface, pruned by half and loaded again.
+OLMoE's shape with random weights, computed in float32, half of the experts removed. Ours by the default method with
+three commands, each a process with its own start; theirs in one process, which saves what it has in memory. Families: a
+tiny checkpoint of each that our transformers dispatches through its experts interface, pruned by half and loaded again.
 """
 
 from __future__ import annotations

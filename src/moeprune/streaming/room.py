@@ -18,7 +18,6 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _CONVERSION = 2.0  # bytes at once per byte brought in: while tensors are fused, the stored ones are there, too
 _SHARE_OF_EXPERTS = 0.75  # of what is left for them and for activations
 _SLACK = 96 << 20  # what Python and the libraries still take on the way
-_MMAP_THRESHOLD = -3  # of mallopt
 
 
 def parse_bytes(text: str) -> int:
@@ -86,12 +85,10 @@ def share_out(limit: int, *, largest_part: int, fewest_experts: int, all_experts
 def return_freed_memory() -> None:
     """Have the allocator give what is freed back to the system at once (glibc; elsewhere nothing happens).
 
-    Left alone it keeps freed blocks of up to 32 MiB for later, of which a limit knows nothing.
+    Left alone it keeps freed blocks for later, of which a limit knows nothing.
     """
     with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
-        libc.malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
