@@ -173,10 +173,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=None, help="where to put some 2 GiB of models")
-    for internal in ("--here", "--tokens", "--streamed"):
-        parser.add_argument(
-            internal, help=argparse.SUPPRESS, action="store_true" if internal == "--streamed" else "store"
-        )
+    parser.add_argument("--here", help=argparse.SUPPRESS)  # this and the next two: one run in a process of its own
+    parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--streamed", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
         sys.stdout.write(json.dumps(measure_here(arguments.here, arguments.streamed, arguments.tokens)) + "\n")

@@ -21,6 +21,8 @@ from typing import Any
 import random_checkpoint
 from measuring import Ran, Spread, pairs, publish, run
 
+from moeprune.steps import machine
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import families  # (the tests' tiny models of all families)
 import tiny
@@ -28,6 +30,7 @@ import tiny
 _MOEPRUNE = Path(sys.executable).parent / "moeprune"
 _PEER = Path(__file__).parent / "peer_reap.py"
 _BLOCK_TOKENS = 256
+_LIMIT = "2GiB"
 
 
 def main() -> None:
@@ -38,6 +41,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=None, help="where to put some five times the model's size")
     arguments = parser.parse_args()
+    machine.quieten()
     with tempfile.TemporaryDirectory(prefix="moeprune-bench-", dir=arguments.directory) as scratch:
         accepted = compare_families(arguments.peer_python, Path(scratch))
         measured = compare_cost(arguments, Path(scratch))
@@ -49,19 +53,20 @@ def compare_cost(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]
     size = random_checkpoint.write(model, random_checkpoint.olmoe_of(int(arguments.gib * (1 << 30))))
     tokens = write_text(text, model, arguments.blocks)
     ours: list[list[Ran]] = []
+    streamed: list[list[Ran]] = []
     theirs: list[Ran] = []
 
-    def run_ours() -> float:
+    def run_ours(runs: list[list[Ran]] = ours, *more: str) -> float:
         shutil.rmtree(scratch / "ours", ignore_errors=True)
         stats, plan = scratch / "stats", scratch / "plan.json"
         read = ["--block-tokens", _BLOCK_TOKENS, "--max-blocks", arguments.blocks]
         steps = [
-            ["calibrate", "--model", model, "--data", text, "--out", stats, *read],
+            ["calibrate", "--model", model, "--data", text, "--out", stats, *read, *more],
             ["plan", "--method", "c-prune", "--ratio", 0.5, "--stats", stats, "--out", plan],
             ["apply", "--model", model, "--plan", plan, "--out", scratch / "ours"],
         ]
-        ours.append([run([str(part) for part in (_MOEPRUNE, *step)]) for step in steps])
-        return sum(ran.seconds for ran in ours[-1])
+        runs.append([run([str(part) for part in (_MOEPRUNE, *step)]) for step in steps])
+        return sum(ran.seconds for ran in runs[-1])
 
     def run_theirs() -> float:
         shutil.rmtree(scratch / "theirs", ignore_errors=True)
@@ -69,10 +74,12 @@ def compare_cost(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]
         return theirs[-1].seconds
 
     our_seconds, their_seconds = pairs(run_ours, run_theirs, arguments.repeats)
+    streamed_seconds = [run_ours(streamed, "--memory-limit", _LIMIT) for _ in range(arguments.repeats)]
     return {
         "bytes": size,
         "tokens": arguments.blocks * _BLOCK_TOKENS,
         "moeprune": {"seconds": our_seconds, "peak": [max(ran.peak_bytes for ran in steps) for steps in ours]},
+        "streamed": {"seconds": streamed_seconds, "peak": [max(ran.peak_bytes for ran in steps) for steps in streamed]},
         "llmcompressor": {"seconds": their_seconds, "peak": [ran.peak_bytes for ran in theirs]},
     }
 
@@ -103,11 +110,15 @@ def compare_families(peer: Path, scratch: Path) -> list[dict[str, Any]]:
 def report(accepted: list[dict[str, Any]], measured: dict[str, Any]) -> None:
     known = [told for told in accepted if told["known"]]
     good = [told for told in known if "error" not in told]
-    rows = [_row("moeprune", measured["moeprune"]), _row("llmcompressor REAP", measured["llmcompressor"])]
+    rows = [
+        _row("moeprune", measured["moeprune"]),
+        _row(f"moeprune, --memory-limit {_LIMIT}", measured["streamed"]),
+        _row("llmcompressor REAP", measured["llmcompressor"]),
+    ]
     seconds = zip(measured["llmcompressor"]["seconds"], measured["moeprune"]["seconds"], strict=True)
     peaks = zip(measured["llmcompressor"]["peak"], measured["moeprune"]["peak"], strict=True)
-    rows[0]["families"] = "see docs/families.md"
-    rows[1]["families"] = f"{len(good)} of the {len(known)} of ours that its transformers knows"
+    rows[0]["families"] = rows[1]["families"] = f"{len(accepted)} (docs/families.md)"
+    rows[2]["families"] = f"{len(good)} of the {len(known)} of ours that its transformers knows"
     faster, smaller = (Spread.of([a / b for a, b in of_pairs]) for of_pairs in (seconds, peaks))
     notes = (
         f"{measured['bytes'] / (1 << 30):.1f} GiB of weights, {measured['tokens']:,} tokens. Theirs over ours, of each "

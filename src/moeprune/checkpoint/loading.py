@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -93,14 +96,15 @@ class Checkpoint:
         spread = {"device_map": "auto"} if device is None and _can_spread() else {}
         device = device or default_device()
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                self.directory,
-                dtype=dtype or default_dtype(device),
-                trust_remote_code=trusted,
-                output_loading_info=True,
-                **_undo_quantisation(self.config),
-                **spread,
-            )
+            with one_after_another():
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    self.directory,
+                    dtype=dtype or default_dtype(device),
+                    trust_remote_code=trusted,
+                    output_loading_info=True,
+                    **_undo_quantisation(self.config),
+                    **spread,
+                )
         except (ValueError, OSError, RuntimeError, KeyError) as error:
             raise InputError(f"{self.directory} cannot be loaded: {_first_line(error)}") from error
         absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -128,6 +132,24 @@ def _can_spread() -> bool:
         note(f"one of the {count} GPUs is used; to spread a model over all: pip install accelerate")
         return False
     return count > 1
+
+
+@contextmanager
+def one_after_another() -> Iterator[None]:
+    """Have transformers read a parameter's tensors when it converts them, and not all at once in threads.
+
+    Otherwise the stored tensors of the whole model are in memory beside those that are made of them.
+    """
+    key = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
 
 
 def default_device() -> torch.device:

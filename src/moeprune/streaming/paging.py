@@ -9,7 +9,6 @@ own conversion, asked for a few tensors at a time.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import reduce
@@ -28,7 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 
 from moeprune.checkpoint.layout import LayerLayout, build_without_weights, experts_modules
-from moeprune.checkpoint.loading import Checkpoint
+from moeprune.checkpoint.loading import Checkpoint, one_after_another
 from moeprune.checkpoint.unsupported import quantisation
 from moeprune.errors import InputError
 
@@ -190,7 +189,7 @@ class PagedModel:
             weight_mapping=get_model_conversion_mapping(model, None, self._quantizer),
             hf_quantizer=self._quantizer,
         )
-        with _one_after_another():
+        with one_after_another():
             info, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
         wrong = [*info.mismatched_keys, *info.conversion_errors]
         if wrong:
@@ -251,21 +250,6 @@ def _dequantising(config: PretrainedConfig, device: torch.device) -> tuple[Pretr
     config.quantization_config = (stated if isinstance(stated, dict) else stated.to_dict()) | {"dequantize": True}
     quantizer, config, _ = get_hf_quantizer(config, None, {"": device}, True, {})
     return config, quantizer
-
-
-@contextmanager
-def _one_after_another() -> Iterator[None]:
-    """Have transformers read a parameter's tensors when it converts them, and not all at once in threads."""
-    key = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = before
 
 
 def _is_inside(name: str, module: str) -> bool:
