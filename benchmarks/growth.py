@@ -202,9 +202,12 @@ def report(results: list[dict[str, Any]]) -> None:
             row["memory grows as power"] = slope(results, name, streamed, "memory")
             rows.append(row)
     start, reading, computing = rates(results)
+    brought_in = f"weights brought in at {reading / 1e9:.2f} GB/s"
+    if math.isinf(reading):
+        brought_in = "weights brought in too fast to tell beside the computing (their files were cached)"
     notes = (
         f"Base: {BASE}. Memory is the peak beyond what the libraries take. Least squares over the streamed runs: "
-        f"{start:.1f} s to start, weights brought in at {reading / 1e9:.2f} GB/s, computing at "
+        f"{start:.1f} s to start, {brought_in}, computing at "
         f"{computing / 1e9:.0f} GFLOP/s.\n\n" + extrapolated(reading, computing)
     )
     publish("growth", "How calibration grows", rows, {"results": results, "rates": [start, reading, computing]}, notes)
