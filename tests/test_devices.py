@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moeprune.checkpoint import loading
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.errors import InputError
 from moeprune.steps import machine
@@ -18,7 +17,7 @@ from moeprune.steps import machine
 class Asked:
     """Notes how a model is loaded, and where it is put then."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, gpus: int, accelerate: bool) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
         self.options: dict[str, Any] = {}
         self.put: list[torch.device] = []
         real = AutoModelForCausalLM.from_pretrained
@@ -36,7 +35,6 @@ class Asked:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
-        monkeypatch.setattr(loading, "find_spec", lambda name: accelerate or None)
 
 
 def test_a_cpu_computes_in_float32_or_as_asked(qwen: Path) -> None:
@@ -49,7 +47,7 @@ def test_a_cpu_computes_in_float32_or_as_asked(qwen: Path) -> None:
 
 
 def test_one_gpu(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = Asked(monkeypatch, gpus=1, accelerate=True)
+    asked = Asked(monkeypatch, gpus=1)
     Checkpoint(qwen).load()
     assert (asked.options["device_map"], asked.options["dtype"]) == (None, torch.bfloat16)
     assert asked.put == [torch.device("cuda")]
@@ -57,21 +55,10 @@ def test_one_gpu(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_several_gpus_share_a_model(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = Asked(monkeypatch, gpus=2, accelerate=True)
+    asked = Asked(monkeypatch, gpus=2)
     Checkpoint(qwen).load()
     assert (asked.options["device_map"], asked.options["dtype"]) == ("auto", torch.bfloat16)
     assert asked.put == []
     assert machine.describe()["device"] == "2 x A GPU"
     Checkpoint(qwen).load(device=torch.device("cuda"))  # where one is named, that one
     assert (asked.options["device_map"], asked.put) == (None, [torch.device("cuda")])
-
-
-def test_several_gpus_without_accelerate(
-    qwen: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = Asked(monkeypatch, gpus=4, accelerate=False)
-    Checkpoint(qwen).load()
-    assert asked.options["device_map"] is None
-    assert (
-        "note: one of the 4 GPUs is used; to spread a model over all: pip install accelerate" in capsys.readouterr().err
-    )

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,7 +23,6 @@ from moeprune.checkpoint.identity import fingerprint
 from moeprune.checkpoint.layout import Layout, find_layout
 from moeprune.checkpoint.unsupported import quantisation, refuse_quantisation
 from moeprune.errors import InputError
-from moeprune.progress import note
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class Checkpoint:
         directory: a local directory with `config.json`, safetensors files and, where text is to be read, a tokenizer.
         trust_remote_code: whether modelling code found in the checkpoint may run. The file that moeprune itself puts
             into a non-uniformly pruned checkpoint runs without it, as long as it is, byte for byte, the one we write.
-        weights: where the safetensors files lie, if not in the directory. Such a model can be read and cut, but not
-            loaded.
+        weights: where the safetensors files lie, if not in the directory. Such a model can be streamed and cut, but not
+            loaded as a whole.
     """
 
     directory: Path
@@ -93,7 +91,7 @@ class Checkpoint:
         """
         _ = self.files.entries  # names a missing or damaged shard before anything is built
         trusted = self.trust_remote_code or modelling.is_ours(self.directory)
-        spread = {"device_map": "auto"} if device is None and _can_spread() else {}
+        spread = {"device_map": "auto"} if device is None and torch.cuda.device_count() > 1 else {}
         device = device or default_device()
         try:
             with one_after_another():
@@ -123,15 +121,6 @@ def _undo_quantisation(config: PretrainedConfig) -> dict[str, QuantizationConfig
     stated = config.quantization_config
     stated = stated if isinstance(stated, dict) else stated.to_dict()
     return {"quantization_config": AutoQuantizationConfig.from_dict({**stated, "dequantize": True})}
-
-
-def _can_spread() -> bool:
-    """Whether there are several GPUs, and what transformers needs to spread a model over them."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count > 1 and find_spec("accelerate") is None:
-        note(f"one of the {count} GPUs is used; to spread a model over all: pip install accelerate")
-        return False
-    return count > 1
 
 
 @contextmanager
