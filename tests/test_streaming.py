@@ -163,6 +163,28 @@ def test_a_limit_that_cannot_be_kept_says_what_would_do(qwen: Path) -> None:
         stats_of(StreamedPass(Checkpoint(qwen), memory_limit=1 << 20), tiny.token_ids(10))
 
 
+def test_parts_that_use_each_other_s_weights_are_refused(qwen: Path) -> None:
+    run = StreamedPass(Checkpoint(qwen))
+    first, second = run._paged.model.model.layers[:2]
+    forward = second.forward
+
+    def with_the_first_s_norm(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return forward(hidden_states * first.input_layernorm.weight, *args, **kwargs)
+
+    second.forward = with_the_first_s_norm
+    with pytest.raises(InputError, match="use weights of each other"):
+        stats_of(run, tiny.token_ids(13))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("you tried: can't allocate memory")])
+def test_memory_that_runs_out_is_a_sentence(qwen: Path, error: Exception) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    with pytest.raises(InputError, match=r"memory ran out.*--batch-blocks"):
+        stats_of(_Watched(StreamedPass(Checkpoint(qwen)), fail), tiny.token_ids(14))
+
+
 def test_a_missing_tensor_is_named(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint(qwen)
     del checkpoint.files.entries["model.layers.1.self_attn.q_proj.weight"]

@@ -89,6 +89,13 @@ def build_without_weights(config: PretrainedConfig, **options: Any) -> PreTraine
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
 
 
+def with_experts(config: PretrainedConfig, path: tuple[str, ...], count: int) -> PretrainedConfig:
+    """A copy of a config with another number of experts, which it states at `path` (`Layout.config_path`)."""
+    config = copy.deepcopy(config)
+    setattr(_holder(config, path), path[-1], count)
+    return config
+
+
 def find_layout(config: PretrainedConfig, files: CheckpointFiles | None = None) -> Layout:
     """Find the experts of a model, and of its checkpoint where `files` are given.
 
@@ -148,10 +155,8 @@ def _config_paths(config: PretrainedConfig, value: int, prefix: tuple[str, ...] 
 def _grow_by_one_expert(config: PretrainedConfig, experts: int) -> tuple[tuple[str, ...], PreTrainedModel]:
     """Find which number in the config is that of the experts: the one that makes the model have one more."""
     for path in _config_paths(config, experts):
-        candidate = copy.deepcopy(config)
-        setattr(_holder(candidate, path), path[-1], experts + 1)
         try:
-            larger = build_without_weights(candidate)
+            larger = build_without_weights(with_experts(config, path, experts + 1))
         except Exception:  # another number of the same value: the model may refuse it in any way it likes
             continue
         if {expert_count(module) for module in experts_modules(larger).values()} == {experts + 1}:

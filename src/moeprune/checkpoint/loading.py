@@ -100,7 +100,7 @@ class Checkpoint:
                     dtype=dtype or default_dtype(device),
                     trust_remote_code=trusted,
                     output_loading_info=True,
-                    **_undo_quantisation(self.config),
+                    quantization_config=undoing_quantisation(self.config),
                     **spread,
                 )
         except (ValueError, OSError, RuntimeError, KeyError) as error:
@@ -113,14 +113,14 @@ class Checkpoint:
         return (model if spread else model.to(device)).eval()
 
 
-def _undo_quantisation(config: PretrainedConfig) -> dict[str, QuantizationConfigMixin]:
-    """The argument with which transformers undoes the quantisation of stored weights; none where they are not."""
+def undoing_quantisation(config: PretrainedConfig) -> QuantizationConfigMixin | None:
+    """With what transformers undoes the quantisation of stored weights; None where they are not quantised."""
     if quantisation(config) is None:
-        return {}
+        return None
     refuse_quantisation(config)
     stated = config.quantization_config
     stated = stated if isinstance(stated, dict) else stated.to_dict()
-    return {"quantization_config": AutoQuantizationConfig.from_dict({**stated, "dequantize": True})}
+    return AutoQuantizationConfig.from_dict({**stated, "dequantize": True})
 
 
 @contextmanager

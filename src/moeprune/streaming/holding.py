@@ -84,8 +84,16 @@ class Held:
                 yield reference, storage
 
 
+class NotInMemoryError(Exception):
+    """A pass computes with weights that are not in memory."""
+
+
 class Noting(TorchDispatchMode):
-    """While it is on, what the operations of a pass make is noted by whoever holds for that pass."""
+    """While it is on, what the operations of a pass make is noted by whoever holds for that pass.
+
+    Raises:
+        NotInMemoryError: an operation of the pass is given a tensor on the meta device.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,12 +108,16 @@ class Noting(TorchDispatchMode):
             self._held = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._held is None:
+            return func(*args, **(kwargs or {}))
+        given = list(_tensors((args, kwargs)))
+        if any(tensor.is_meta for tensor in given):  # on the meta device operations run, and give nothing
+            raise NotInMemoryError(f"{func} is given weights of a part that the pass has not entered")
         out = func(*args, **(kwargs or {}))
-        if self._held is not None:
-            given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
-            for tensor in _tensors(out):
-                if tensor.untyped_storage()._cdata not in given:  # a view of a weight is the weight's
-                    self._held.note(tensor)
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        for tensor in _tensors(out):
+            if tensor.untyped_storage()._cdata not in known:  # a view of a weight is the weight's
+                self._held.note(tensor)
         return out
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import reduce
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,9 +26,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 
-from moeprune.checkpoint.layout import LayerLayout, build_without_weights, experts_modules
-from moeprune.checkpoint.loading import Checkpoint, one_after_another
-from moeprune.checkpoint.unsupported import quantisation
+from moeprune.checkpoint.layout import build_without_weights, experts_modules, with_experts
+from moeprune.checkpoint.loading import Checkpoint, one_after_another, undoing_quantisation
 from moeprune.errors import InputError
 
 
@@ -106,17 +105,16 @@ class PagedModel:
     def _with_experts(self, count: int) -> PreTrainedModel:
         """The same model with fewer experts in each layer, on the meta device."""
         if count not in self._of_fewer_experts:
-            config = copy.deepcopy(self._config)
-            *holders, key = self._checkpoint.layout.config_path
-            setattr(reduce(getattr, holders, config), key, count)
-            self._of_fewer_experts[count] = self._prepared(config)
+            config_path = self._checkpoint.layout.config_path
+            self._of_fewer_experts[count] = self._prepared(with_experts(self._config, config_path, count))
         return self._of_fewer_experts[count]
 
     def _renumbered(self, layer: str, which: range) -> dict[str, _Lazy]:
         """The stored tensors of these experts, as if there were no others."""
         stored = self._stored_experts_of[layer]
         layout = self._checkpoint.layout.layers[layer]
-        tensors = {name: lazy for name, lazy in stored.items() if not _is_of_experts(name, layout)}
+        numbered = {*layout.fused, *chain(*layout.separate)}
+        tensors = {name: lazy for name, lazy in stored.items() if name not in numbered}
         for name, axis in layout.fused.items():
             if name in stored:
                 tensors[name] = self._lazy(name, axis, which)
@@ -243,21 +241,17 @@ class _Lazy:
 
 def _dequantising(config: PretrainedConfig, device: torch.device) -> tuple[PretrainedConfig, Any]:
     """The config, and where its weights are stored quantised, what undoes that as they are brought in."""
-    config = copy.deepcopy(config)
-    if quantisation(config) is None:
+    undoing = undoing_quantisation(config)
+    if undoing is None:
         return config, None
-    stated = config.quantization_config
-    config.quantization_config = (stated if isinstance(stated, dict) else stated.to_dict()) | {"dequantize": True}
+    config = copy.deepcopy(config)
+    config.quantization_config = undoing.to_dict()
     quantizer, config, _ = get_hf_quantizer(config, None, {"": device}, True, {})
     return config, quantizer
 
 
 def _is_inside(name: str, module: str) -> bool:
     return not module or name.startswith(module + ".")
-
-
-def _is_of_experts(stored: str, layout: LayerLayout) -> bool:
-    return stored in layout.fused or any(stored in names for names in layout.separate)
 
 
 def _put(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

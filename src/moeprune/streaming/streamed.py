@@ -20,9 +20,10 @@ import torch
 
 from moeprune.checkpoint.loading import Checkpoint, default_device, default_dtype
 from moeprune.errors import InputError
+from moeprune.fitting import is_out_of_memory
 from moeprune.statistics.observer import ExpertsCall, intercept
 from moeprune.statistics.passes import Batch, Watch
-from moeprune.streaming.holding import Held, Noting
+from moeprune.streaming.holding import Held, Noting, NotInMemoryError
 from moeprune.streaming.lanes import Lane, stop_at
 from moeprune.streaming.paging import PagedModel
 from moeprune.streaming.room import UNLIMITED, Room, return_freed_memory, share_out
@@ -96,7 +97,8 @@ class StreamedPass:
         """See `ForwardPass`.
 
         Raises:
-            InputError: the limit is too small, or the model's forward pass uses weights without entering their part.
+            InputError: the limit is too small, memory ran out, or the model's forward pass uses weights without
+                entering their part.
         """
         if self._limit is not None:
             return_freed_memory()
@@ -115,6 +117,18 @@ class StreamedPass:
             ]
             try:
                 self._run(passing, room, noting, watch, on_progress)
+            except NotInMemoryError as error:
+                raise InputError(
+                    f"this model's parts use weights of each other, so that it cannot be streamed ({error}); calibrate "
+                    "without --memory-limit"
+                ) from error
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise InputError(
+                    "memory ran out while a part of the model was in it; give a smaller --memory-limit or fewer "
+                    "--batch-blocks"
+                ) from error
             finally:
                 for one in passing:
                     one.lane.end()
@@ -208,16 +222,8 @@ class StreamedPass:
     ) -> None:
         """Let one pass run to its next door, then see that what all hold does not take too much memory."""
         one.held.restore()
-        try:
-            with noting.on_behalf_of(one.held):
-                one.lane.go_on(answer)
-        except (NotImplementedError, RuntimeError) as error:
-            if "meta" in str(error).lower():
-                raise InputError(
-                    "this model's layers use weights of each other, which streaming does not support; calibrate "
-                    f"without --memory-limit ({str(error).splitlines()[0]})"
-                ) from error
-            raise
+        with noting.on_behalf_of(one.held):
+            one.lane.go_on(answer)
         self._settle(one, passing, room)
 
     def _run_experts(
