@@ -19,7 +19,7 @@ from moeprune.fitting import Fitting, is_out_of_memory
 from moeprune.methods import METHODS, make_plan, statistics_for
 from moeprune.statistics import Stats, collectors
 from moeprune.statistics.calibration import calibrate, make_batches
-from moeprune.statistics.observer import ExpertsCall
+from moeprune.statistics.observer import ExpertsCall, observe
 from moeprune.statistics.passes import Batch, InMemoryPass
 
 GROUPS = 3
@@ -103,6 +103,19 @@ def test_batches_waste_little_on_padding() -> None:
     batches = make_batches(*padded(sequences([3, 24, 4, 20]), 24), 2)
     assert [batch.ids_BS.shape for batch in batches] == [(2, 24), (2, 4)]
     assert sum(int(batch.mask_BS.sum()) for batch in batches) == 51
+
+
+def test_a_choice_that_weighs_nothing_is_none(model: PreTrainedModel) -> None:
+    calls: list[ExpertsCall] = []
+    with observe(model, calls.append):
+        model(input_ids=tiny.token_ids(1))
+    weight_TK = calls[0].weight_TK.clone()
+    weight_TK[::2, 0] = 0
+    call = replace(calls[0], weight_TK=weight_TK)
+    seen = collectors.Seen(call, torch.ones(2, 24, dtype=torch.bool), torch.zeros(2, dtype=torch.int64), 1)
+    counted = collectors.COLLECTORS["routed_tokens"].values(seen)
+    assert counted.sum() == call.index_TK.numel() - 24
+    assert torch.equal(counted, torch.bincount(call.index_TK[weight_TK != 0], minlength=tiny.EXPERTS))
 
 
 class TestTheOrderOfCalls:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 import families
@@ -16,6 +16,7 @@ from masking import experts_modules, largest_difference, masked_logits, plain_lo
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from moeprune.checkpoint import layout
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.surgery import apply
 from moeprune.errors import InputError
@@ -221,6 +222,12 @@ class TestWhatCannotBeRead:
         directory = tiny.write(tmp_path / "dense", tiny.dense_config())
         with pytest.raises(InputError, match=r"llama.*not a Mixture-of-Experts"):
             _ = Checkpoint(directory).layout
+
+    def test_layers_with_different_numbers_of_experts(self, qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        numbers = count(8)
+        monkeypatch.setattr(layout, "expert_count", lambda module: next(numbers))
+        with pytest.raises(InputError, match="its layers have 8 to 10 experts; moeprune reads models whose layers"):
+            _ = Checkpoint(qwen).layout
 
     def test_no_config(self, copy: Path) -> None:
         (copy / "config.json").unlink()

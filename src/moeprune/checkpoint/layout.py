@@ -105,7 +105,7 @@ def find_layout(config: PretrainedConfig, files: CheckpointFiles | None = None) 
     """
     unsupported.refuse_quantisation(config)
     if uneven := modelling.experts_per_layer(config):
-        raise unsupported.refusal(config, unsupported.UNEVEN.format(counts=_range(uneven.values())))
+        raise unsupported.refusal(config, unsupported.PRUNED_UNEVENLY.format(counts=_range(uneven.values())))
     model = build_without_weights(config)
     modules = experts_modules(model)
     if not modules:

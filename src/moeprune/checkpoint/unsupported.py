@@ -14,10 +14,11 @@ UNREADABLE_QUANTISATION = (
     "its weights are quantised as {method}, which transformers cannot undo on every device; "
     "prune the unquantised original and quantise the result (readable are: {readable})"
 )
-UNEVEN = (
+PRUNED_UNEVENLY = (
     "its layers have {counts} experts, which only its own modelling file knows; "
     "calibrate and prune the original that it was made from"
 )
+UNEVEN = "its layers have {counts} experts; moeprune reads models whose layers have the same number"
 SHARED_ROUTER = "{tensor} belongs to the experts of several layers at once"
 UNKNOWN_COUNT = "no number in its config sets how many routed experts there are"
 UNKNOWN_GROWTH = "the shape of {tensor} depends on the number of experts in a way that moeprune does not know"

@@ -24,7 +24,8 @@ from moeprune.checkpoint.loading import Checkpoint
 from moeprune.errors import InputError
 from moeprune.evaluation.report import Quality
 from moeprune.fitting import Fitting
-from moeprune.statistics.observer import ExpertsCall, observe
+from moeprune.statistics.calibration import calibrate
+from moeprune.statistics.passes import InMemoryPass
 from moeprune.texts import Blocks
 
 BATCH_BLOCKS = 8
@@ -80,9 +81,7 @@ def _measure_here(
             quality[blocks.name] = _quality(model, blocks, batch_blocks, fitting, speeds)
         peak = _peak_memory_bytes() - baseline
         expert_use = (
-            {blocks.name: _expert_use(model, blocks, batch_blocks, fitting) for blocks in data}
-            if with_expert_use
-            else {}
+            {blocks.name: _expert_use(model, blocks, batch_blocks) for blocks in data} if with_expert_use else {}
         )
     return Measured(quality, peak, statistics.median(speeds), expert_use)
 
@@ -137,23 +136,12 @@ def _logits(model: PreTrainedModel, ids_BS: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids_BS.to(model.device), use_cache=False).logits
 
 
-def _expert_use(model: PreTrainedModel, blocks: Blocks, batch_blocks: int, fitting: Fitting) -> dict[str, list[float]]:
-    routed: dict[str, torch.Tensor] = {}
-
-    def count(ids_BS: torch.Tensor) -> None:
-        seen: dict[str, torch.Tensor] = {}
-
-        def look(call: ExpertsCall) -> None:
-            seen[call.layer] = torch.bincount(call.index_TK.reshape(-1), minlength=call.layer_experts)
-
-        with observe(model, look):
-            _logits(model, ids_BS)
-        for name, counts in seen.items():
-            routed[name] = routed.get(name, 0) + counts
-
-    for batch_BS in blocks.ids_BS.split(batch_blocks):
-        fitting.run(len(batch_BS), lambda rows, batch_BS=batch_BS: count(batch_BS[rows]))  # type: ignore[misc]
-    return {name: (counts / counts.sum()).tolist() for name, counts in routed.items()}
+def _expert_use(model: PreTrainedModel, blocks: Blocks, batch_blocks: int) -> dict[str, list[float]]:
+    stats = calibrate(
+        InMemoryPass(model), "", blocks.ids_BS, statistics=["routed_tokens"], groups=1, batch_blocks=batch_blocks
+    )
+    counts = {name: layer.count("routed_tokens") for name, layer in stats.layers.items()}
+    return {name: (count_E / count_E.sum()).tolist() for name, count_E in counts.items()}
 
 
 def _wait_for_device() -> None:

@@ -89,7 +89,8 @@ class Collector:
 
 
 def _routed_tokens(seen: Seen) -> torch.Tensor:
-    return seen.by_expert(torch.ones_like(seen.call.index_TK, dtype=torch.int32)).sum(0, dtype=torch.int64)
+    # A choice that weighs nothing is none: some families put it in place of skipping the experts.
+    return seen.by_expert((seen.call.weight_TK != 0).to(torch.int32)).sum(0, dtype=torch.int64)
 
 
 def _gate(seen: Seen) -> torch.Tensor:
