@@ -18,6 +18,7 @@ for _name in [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_",
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -91,6 +92,14 @@ def connected(services: Services, monkeypatch: pytest.MonkeyPatch) -> Services:
     for name, value in services.environment().items():
         monkeypatch.setenv(name, value)
     return services
+
+
+@pytest.fixture
+def client(connected: Services) -> Any:
+    """Of S3. A session of its own, not the process's, which remembers another test's key."""
+    import boto3
+
+    return boto3.Session().client("s3")
 
 
 @pytest.fixture

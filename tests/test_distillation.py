@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from elsewhere import run_elsewhere
 from masking import draws, plain_logits
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -202,17 +199,7 @@ def recovered(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[tu
         made[case] = Recovered(student, out, result, {})
         ids = tiny.token_ids(0).tolist()
         cases.append({"name": name, "directory": str(out), "trust": kind == "uneven", "ids": ids})
-    (root / "cases.json").write_text(json.dumps(cases))
-    ended = subprocess.run(
-        [sys.executable, "-I", Path(__file__).parent / "without_moeprune.py", root / "cases.json", root / "results.pt"],
-        cwd=root,
-        env={**os.environ, "HF_HOME": str(root / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr
-    results = torch.load(root / "results.pt", weights_only=True)
+    results = run_elsewhere(cases, root)
     for case, each in made.items():
         each.loaded = results["-".join(case)]
     return made

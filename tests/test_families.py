@@ -6,10 +6,6 @@ original whose dropped experts are masked before its router chooses, generated w
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ import families_table
 import pytest
 import tiny
 import torch
+from elsewhere import run_elsewhere
 from families_table import EQUAL, Case
 from masking import CHOICE_BIAS, experts_modules, largest_difference, plain_logits
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -94,7 +91,7 @@ def decided(checkpoint: Checkpoint, model: PreTrainedModel, ids_BS: torch.Tensor
     return list(make_plan("frequency", 0.25, stats).keep.values())
 
 
-def run_elsewhere(cases: dict[tuple[str, str], Case], root: Path) -> None:
+def run_all(cases: dict[tuple[str, str], Case], root: Path) -> None:
     """Load and run all of them in one process that cannot import moeprune."""
     described = [
         {
@@ -106,18 +103,7 @@ def run_elsewhere(cases: dict[tuple[str, str], Case], root: Path) -> None:
         }
         for (family, kind), case in cases.items()
     ]
-    (root / "cases.json").write_text(json.dumps(described))
-    script = Path(__file__).parent / "without_moeprune.py"
-    ended = subprocess.run(
-        [sys.executable, "-I", script, root / "cases.json", root / "results.pt"],
-        cwd=root,
-        env={**os.environ, "HF_HOME": str(root / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert ended.returncode == 0, ended.stderr
-    results = torch.load(root / "results.pt", weights_only=True)
+    results = run_elsewhere(described, root)
     for (family, kind), case in cases.items():
         case.result = results[f"{family}-{kind}"]
 
@@ -137,7 +123,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Cas
                 made[family, kind] = prune(family, kind, model, source, root / family / kind)
             except Exception as error:  # one family's trouble is that family's failing test
                 made[family, kind] = error
-    run_elsewhere({key: case for key, case in made.items() if isinstance(case, Case)}, root)
+    run_all({key: case for key, case in made.items() if isinstance(case, Case)}, root)
     return made
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import tiny
 from masking import plain_logits
@@ -27,11 +26,6 @@ CLOSED = "http://127.0.0.1:9"  # the port of `discard`, where nobody listens
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-
-
-@pytest.fixture
-def client(connected: Services) -> Any:
-    return boto3.Session().client("s3")
 
 
 @pytest.fixture

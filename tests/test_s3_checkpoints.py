@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import boto3
 import pytest
 import tiny
 
@@ -24,11 +23,6 @@ from moeprune.services import BUCKET, Services
 
 SHARD_BYTES = 40_000
 KEEP = [1, 4]
-
-
-@pytest.fixture
-def client(connected: Services) -> Any:
-    return boto3.Session().client("s3")
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import boto3
 import families
 import pytest
 import test_quantised
@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.errors import InputError
-from moeprune.services import Services
 from moeprune.services.addresses import BUCKET
 from moeprune.statistics import Stats
 from moeprune.statistics.calibration import calibrate
@@ -218,10 +217,9 @@ def test_sums_in_files_are_the_same_sums(qwen: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_on_s3_is_calibrated_there(
-    qwen: Path, corpus: Path, connected: Services, tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
+    qwen: Path, corpus: Path, client: Any, tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
 ) -> None:
     address = f"s3://{BUCKET}/streamed/model"
-    client = boto3.Session().client("s3")
     for file in qwen.iterdir():
         client.upload_file(str(file), BUCKET, f"streamed/model/{file.name}")
     same = ("--data", corpus, "--block-tokens", 24, "--max-blocks", 8)
