@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import random_checkpoint
 import torch
 from measuring import Spread, pairs, publish, ratio
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.methods import DEFAULT, statistics_for
@@ -34,52 +33,11 @@ _NOTES = (
     "Time is the clock's; CPU time is that of all threads of the process, which what else runs on the machine changes "
     "less. In brackets the least and the most. The limit is 1.1."
 )
-_SMALL: dict[str, Any] = {
-    "vocab_size": 8192,
-    "tie_word_embeddings": False,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-}
-
-
-def granite(layers: int) -> PretrainedConfig:
-    """The shape of Granite-3.0-1B-A400M: 32 experts of width 512, top-8."""
-    return AutoConfig.for_model(
-        "granitemoe",
-        hidden_size=1024,
-        intermediate_size=512,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        num_local_experts=32,
-        num_experts_per_tok=8,
-        num_hidden_layers=layers,
-        **_SMALL,
-    )
-
-
-def qwen3(layers: int) -> PretrainedConfig:
-    """The shape of Qwen3-30B-A3B: 128 experts of width 768, top-8."""
-    return AutoConfig.for_model(
-        "qwen3_moe",
-        hidden_size=2048,
-        moe_intermediate_size=768,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        num_hidden_layers=layers,
-        norm_topk_prob=True,
-        **_SMALL,
-    )
-
-
 # A layer of each: what calibrating costs, it costs per layer.
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
-    "granite-3.0-1b-a400m": lambda: granite(1),
+    "granite-3.0-1b-a400m": lambda: random_checkpoint.granite(1),
     "olmoe-1b-7b": lambda: random_checkpoint.olmoe(1),
-    "qwen3-30b-a3b": lambda: qwen3(1),
+    "qwen3-30b-a3b": lambda: random_checkpoint.qwen3(1),
 }
 
 

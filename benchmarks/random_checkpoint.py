@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from shutil import copy
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -29,19 +30,49 @@ def olmoe(layers: int) -> PretrainedConfig:
     """The shape of OLMoE-1B-7B: 64 experts of width 1,024, top-8; 420 million parameters a layer."""
     return AutoConfig.for_model(
         "olmoe",
-        hidden_size=2048,
         intermediate_size=1024,
-        num_attention_heads=16,
-        num_key_value_heads=16,
         num_experts=64,
-        num_experts_per_tok=8,
-        num_hidden_layers=layers,
-        vocab_size=50304,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        eos_token_id=0,
-        pad_token_id=0,
+        **_sizes(layers, hidden=2048, heads=16, key_value_heads=16),
     )
+
+
+def granite(layers: int) -> PretrainedConfig:
+    """The shape of Granite-3.0-1B-A400M: 32 experts of width 512, top-8."""
+    return AutoConfig.for_model(
+        "granitemoe",
+        intermediate_size=512,
+        num_local_experts=32,
+        **_sizes(layers, hidden=1024, heads=16, key_value_heads=8),
+    )
+
+
+def qwen3(layers: int) -> PretrainedConfig:
+    """The shape of Qwen3-30B-A3B: 128 experts of width 768, top-8."""
+    return AutoConfig.for_model(
+        "qwen3_moe",
+        moe_intermediate_size=768,
+        head_dim=128,
+        num_experts=128,
+        norm_topk_prob=True,
+        **_sizes(layers, hidden=2048, heads=32, key_value_heads=4),
+    )
+
+
+def _sizes(layers: int, hidden: int, heads: int, key_value_heads: int) -> dict[str, Any]:
+    """What all have, under the names that all have for it; a vocabulary that weighs little beside the layers."""
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "num_experts_per_tok": 8,
+        "vocab_size": 8192,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
 
 
 def olmoe_of(size: int) -> PretrainedConfig:

@@ -45,10 +45,7 @@ def build_beside(path: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        for file in beside.rglob("*"):
-            if file.is_file():
-                _make_readable(file)
-        beside.replace(path)
+        _put_in_place(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -85,10 +82,7 @@ def continue_beside(path: Path, job: str) -> Iterator[Path]:
         _remove_parts(beside)
         try:
             yield beside
-            for file in beside.rglob("*"):
-                if file.is_file():
-                    _make_readable(file)
-            beside.replace(path)
+            _put_in_place(beside, path)
         finally:
             if beside.is_dir():
                 _remove_parts(beside)
@@ -174,6 +168,13 @@ def _make_parent(path: Path) -> None:
         raise InputError(f"nothing can be written at {path}: {error.strerror}") from error
 
 
+def _put_in_place(beside: Path, path: Path) -> None:
+    for file in beside.rglob("*"):
+        if file.is_file():
+            _make_readable(file)
+    beside.replace(path)
+
+
 def _make_readable(file: Path) -> None:
     """Let those read a file whom the umask lets; safetensors makes its files for their owner alone."""
     umask = os.umask(0)
@@ -183,5 +184,9 @@ def _make_readable(file: Path) -> None:
 
 def refuse_to_overwrite(path: Path) -> None:
     """Raise InputError where a directory cannot be put at `path` without losing something."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    try:
+        taken = any(path.iterdir())
+    except (FileNotFoundError, NotADirectoryError):  # not asked before: another process may remove it in between
+        taken = path.is_file()
+    if taken:
         raise InputError(f"{path} exists already and is not empty; choose another place or remove it first")
