@@ -12,11 +12,12 @@ from moeprune.components.global_prune import global_prune
 from moeprune.components.merge_stats import merge_stats
 from moeprune.components.prepare import prepare
 from moeprune.components.promote import promote
+from moeprune.methods import BASELINES, DEFAULT
 
 from .on_a_cluster import use_services
 
 EVALUATION_DATA = ["builtin://code/held-out", "builtin://prose/held-out", "builtin://arithmetic/held-out"]
-BASELINES = ["frequency", "random"]
+HELD_AGAINST = list(BASELINES)
 NO_OPTIONS: dict[str, str] = {}
 
 
@@ -33,10 +34,10 @@ def prune(
     model: str = "builtin://reference",
     data: str = "builtin://code",
     evaluation_data: list[str] = EVALUATION_DATA,
-    method: str = "c-prune",
+    method: str = DEFAULT,
     ratio: float = 0.5,
     method_options: dict = NO_OPTIONS,
-    baselines: list[str] = BASELINES,
+    baselines: list[str] = HELD_AGAINST,
     text_field: str = "text",
     block_tokens: int = 256,
     calibration_blocks: int = 128,

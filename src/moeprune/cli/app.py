@@ -114,7 +114,7 @@ def calibrate(
         model,
         data,
         out,
-        statistics=statistics_for(methods or [DEFAULT, *BASELINES]),
+        statistics=statistics_for(methods) if methods else None,
         text_field=text_field,
         sequences=sequences,
         block_tokens=block_tokens,

@@ -46,7 +46,7 @@ def calibrate(
     """Collect Stats of `model` on `data` and put them at `out`. See `statistics.calibration.calibrate` and `texts`.
 
     A shard reads and tokenises all the text, since where a block begins depends on what is before it, and runs only its
-    own blocks, which takes hundreds of times longer.
+    own blocks, which is nearly all of the work.
 
     Args:
         statistics: what to collect; by default what the default method and the baselines need.
