@@ -86,8 +86,8 @@ def share_out(limit: int, *, largest_part: int, fewest_experts: int, all_experts
 def return_freed_memory() -> None:
     """Have the allocator give what is freed back to the system at once (glibc; elsewhere nothing happens).
 
-    Left alone it keeps freed blocks of up to 32 MiB for later, of which a limit knows nothing: under one of 2 GiB the peak
-    was 365 MiB higher so, and the time the same (`benchmarks/streaming.py`).
+    Left alone it keeps freed blocks of up to 32 MiB for later, of which a limit knows nothing: under one of 2 GiB the
+    peak was 365 MiB higher so, and the time the same (`benchmarks/streaming.py`).
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
