@@ -25,6 +25,7 @@ from moeprune.checkpoint.surgery import apply, check_fits
 from moeprune.methods import make_plan
 from moeprune.plan import LayerPlan, Plan
 from moeprune.statistics.calibration import calibrate
+from moeprune.statistics.collectors import OUTSIDE
 from moeprune.statistics.observer import ExpertsCall, observe
 from moeprune.statistics.passes import InMemoryPass
 from moeprune.streaming.streamed import StreamedPass
@@ -78,6 +79,8 @@ def decided(checkpoint: Checkpoint, model: PreTrainedModel, ids_BS: torch.Tensor
     """What stays, as calibration and a method say, with the model in memory and brought in part by part alike."""
     settings: dict[str, Any] = {"groups": 2, "router_groups": checkpoint.layout.groups}
     stats = calibrate(InMemoryPass(model), checkpoint.fingerprint, ids_BS, **settings)
+    # Seen inside: then the layers' outputs are mixed by us, and what later layers do shows whether that is right.
+    settings["statistics"] = [*OUTSIDE, "gated_norm"]
     streamed = calibrate(StreamedPass(checkpoint), checkpoint.fingerprint, ids_BS, **settings)
     assert stats.layers.keys() == streamed.layers.keys() == checkpoint.layout.layers.keys()
     for name, layer in stats.layers.items():

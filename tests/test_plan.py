@@ -39,7 +39,7 @@ def test_what_is_saved_is_what_is_loaded(
 def test_it_is_json_that_a_person_reads(tmp_path: Path) -> None:
     tiny.plan_for(NAMES, [[0, 1], [2, 7]], "f" * 64).save(tmp_path / "plan.json")
     content = json.loads((tmp_path / "plan.json").read_text())
-    assert content["moeprune_plan"] == 1
+    assert content["moeprune_plan"] == 2
     assert content["layers"][NAMES[1]] == {"experts": 8, "top_k": 2, "keep": [2, 7]}
     assert {"method", "options", "ratio", "model", "data"} < content.keys()
 
@@ -66,7 +66,7 @@ def test_a_layer_that_cannot_be_is_refused(keep: list[int], said: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "change", [{"moeprune_plan": 2}, {"surprise": 1}, {"layers": []}, {"ratio": "half"}, {"method": None}]
+    "change", [{"moeprune_plan": 1}, {"surprise": 1}, {"layers": []}, {"ratio": "half"}, {"method": None}]
 )
 def test_another_version_or_shape_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
     content = json.loads(tiny.plan_for(NAMES, [[0, 1], [0, 1]], "f").model_dump_json())

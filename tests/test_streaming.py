@@ -124,12 +124,12 @@ class _Watched:
         self.layers = run.layers
         self._run, self._on_call = run, on_call
 
-    def __call__(self, batches, watch, on_progress) -> None:  # type: ignore[no-untyped-def]
+    def __call__(self, batches, watch, on_progress, *, inside=False) -> None:  # type: ignore[no-untyped-def]
         def both(*shown: object) -> None:
             self._on_call(*shown)
             watch(*shown)
 
-        self._run(batches, both, on_progress)
+        self._run(batches, both, on_progress, inside=inside)
 
 
 @pytest.mark.usefixtures("cramped")

@@ -1,10 +1,13 @@
-"""Plan: the decision. What is kept of each layer, by which method and options, made from what.
+"""Plan: the decision. What becomes of each layer, by which method and options, made from what.
 
-A Plan is JSON that a person can read, diff, edit and replay; `moeprune apply` does what it says and nothing else.
+A Plan is JSON that a person can read, diff, edit and replay; `moeprune apply` does what it says and nothing else. It
+holds decisions and no weights: where carrying one out takes numbers (a dropped expert's mean output, the energy of a
+weight's inputs), they come from the Stats that the Plan names by their fingerprint.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +24,11 @@ class LayerPlan(BaseModel):
         experts: how many the original has.
         top_k: how many run for a token; at least as many must stay.
         keep: indices of those that stay, ascending.
+        merged: of those that stay, the ones that become a weighted mean of experts, and its weights, by expert.
+        constant: of those that go, the ones that the router may still choose; in their place stands their mean output.
+        condensed: where the layer loses its router: the experts that run for every token, and what each is multiplied
+            by. They are those in `keep`, and may be fewer than `top_k`.
+        scores: what each expert was worth to the method, where it has such a number; only for people to look at.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -28,13 +36,27 @@ class LayerPlan(BaseModel):
     experts: int
     top_k: int
     keep: list[int]
+    merged: dict[int, dict[int, float]] = {}
+    constant: list[int] = []
+    condensed: dict[int, float] | None = None
+    scores: list[float] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> LayerPlan:
         if self.keep != sorted(set(self.keep)) or (self.keep and not 0 <= self.keep[0] <= self.keep[-1] < self.experts):
             raise ValueError(f"`keep` must be ascending, without repeats, and between 0 and {self.experts - 1}")
-        if len(self.keep) < self.top_k:
+        if self.condensed is None and len(self.keep) + len(self.constant) < self.top_k:
             raise ValueError(f"{len(self.keep)} experts would stay, but {self.top_k} run for each token")
+        if self.condensed is not None and (self.keep != sorted(self.condensed) or self.merged or self.constant):
+            raise ValueError("a condensed layer keeps the experts of `condensed`, and merges or replaces none")
+        if not self.merged.keys() <= set(self.keep):
+            raise ValueError("`merged` names experts that do not stay")
+        if any(not 0 <= member < self.experts for weights in self.merged.values() for member in weights):
+            raise ValueError(f"the experts of `merged` must be between 0 and {self.experts - 1}")
+        if not set(self.constant) <= set(self.drop):
+            raise ValueError("`constant` names experts that do not go")
+        if self.scores is not None and len(self.scores) != self.experts:
+            raise ValueError(f"`scores` must have {self.experts} numbers, one for each expert")
         return self
 
     @property
@@ -43,12 +65,46 @@ class LayerPlan(BaseModel):
         return [expert for expert in range(self.experts) if expert not in kept]
 
 
+class Sparsity(BaseModel):
+    """Which weights inside the experts become zero.
+
+    Attributes:
+        pattern: `0.5` for that fraction of each output row's weights, or `2:4` for two of every four that follow each
+            other along the input.
+        score: how weights are ranked; the lowest go (`methods.moe_pruner`).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    pattern: str
+    score: Literal["moe-pruner", "wanda", "magnitude"]
+
+
+class Recovery(BaseModel):
+    """How what stays is fitted to stand in for what goes (`recovery`), after the cut.
+
+    Attributes:
+        ridge: added to the diagonal of the normal equations, as a fraction of its mean.
+        router: whether the router's rows are fitted, too.
+        shared: whether the shared experts' last projection is fitted, too.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    ridge: float
+    router: bool
+    shared: bool
+
+
 class Plan(BaseModel):
     """The decision for a whole model.
 
     Attributes:
         method, options: who decided, and with what.
-        ratio: the fraction of all routed experts that goes.
+        ratio: how much goes: the fraction of all routed experts, or what else the method counts by.
+        score: what the layers' `scores` are, in words.
+        sparsity: of the experts that stay.
+        recovery: of the experts that stay.
         model: fingerprint of the model it was made for; it is applied to no other.
         data: fingerprint of the calibration data it was made from.
         layers: name of the experts module -> what becomes of it.
@@ -56,10 +112,13 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    moeprune_plan: Literal[1] = 1
+    moeprune_plan: Literal[2] = 2
     method: str
     options: dict[str, Any]
     ratio: float
+    score: str = ""
+    sparsity: Sparsity | None = None
+    recovery: Recovery | None = None
     model: str
     data: str
     layers: dict[str, LayerPlan]
@@ -82,9 +141,14 @@ class Plan(BaseModel):
         total = sum(layer.experts for layer in self.layers.values())
         return 1 - sum(self.experts_per_layer.values()) / total
 
+    def to_json(self) -> str:
+        """As it is written: without what it does not decide."""
+        stated = {"moeprune_plan": self.moeprune_plan, **self.model_dump(mode="json", exclude_defaults=True)}
+        return json.dumps(stated, indent=1) + "\n"
+
     def save(self, path: Path) -> None:
         with write_beside(path) as beside:
-            beside.write_text(self.model_dump_json(indent=1) + "\n")
+            beside.write_text(self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> Plan:

@@ -161,7 +161,7 @@ def _texts(source: Checkpoint, plan: Plan) -> dict[str, str]:
     for path, value in layout.config_changes.items():
         _set(config, path.split("."), value)
     texts = {
-        "pruning_plan.json": plan.model_dump_json(indent=1) + "\n",
+        "pruning_plan.json": plan.to_json(),
         CARD_NAME: card(plan, layout.left_out),
     }
     if not plan.is_uniform:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from moeprune.clusters import Clusters, make_clusters
 from moeprune.errors import InputError
 from moeprune.methods import c_prune, frequency, random
-from moeprune.methods.base import Evidence, Method, count_of
-from moeprune.plan import LayerPlan, Plan
+from moeprune.methods.base import Evidence, Method, Trial, count_of
+from moeprune.plan import Plan
 from moeprune.router_groups import RouterGroups
 from moeprune.statistics import Stats
 
@@ -21,38 +21,53 @@ BASELINES = ("frequency", "random")  # what a result is held against where nothi
 
 
 def make_plan(
-    method: str, ratio: float, stats: Stats, clusters: Clusters | None = None, options: dict[str, Any] | None = None
+    method: str,
+    ratio: float,
+    stats: Stats,
+    clusters: Clusters | None = None,
+    options: dict[str, Any] | None = None,
+    trial: Callable[[], Trial] | None = None,
 ) -> Plan:
     """Decide what stays.
 
     Args:
         method: one of `METHODS`.
-        ratio: fraction of the routed experts to remove, in [0, 1).
+        ratio: fraction to remove, in [0, 1), of the routed experts or of what else the method `removes`.
         stats: of the model on the calibration data.
         clusters: made from these Stats; a method that uses clusters makes them itself where there are none.
         options: the method's own options by name.
+        trial: loads the model and some text, for a method that tries.
 
     Raises:
         InputError: unknown method or option, a ratio outside its range or one that leaves a layer fewer experts than
-            run for a token, Stats that lack what the method needs, or Clusters that were made from other Stats.
+            run for a token, Stats that lack what the method needs, Clusters that were made from other Stats, or no
+            model for a method that tries.
     """
     chosen = find(method)
     check_ratio(ratio)
     _check_statistics(chosen, stats)
-    for name, layer in stats.layers.items():
-        check_room(ratio, name, layer.experts, layer.top_k, layer.groups)
+    if chosen.removes == "experts":
+        for name, layer in stats.layers.items():
+            check_room(ratio, name, layer.experts, layer.top_k, layer.groups)
+    if chosen.tries and trial is None:
+        raise InputError(f"{method} tries what it decides: give it the model and text, `--model M --data D`")
     if clusters and (clusters.model, clusters.data) != (stats.model, stats.data):
         raise InputError("the Clusters were not made from these Stats; make them again with `moeprune cluster`")
     if chosen.uses_clusters and clusters is None:
         clusters = make_clusters(stats)
     settings = parse_options(chosen, options or {})
-    keep = chosen.decide(Evidence(stats, clusters), ratio, settings)
-    layers = {
-        name: LayerPlan(experts=layer.experts, top_k=layer.top_k, keep=keep[name])
-        for name, layer in stats.layers.items()
-    }
+    evidence = Evidence(stats, clusters, trial() if chosen.tries and trial else None)
+    decided = chosen.decide(evidence, ratio, settings)
     return Plan(
-        method=method, options=settings.model_dump(), ratio=ratio, model=stats.model, data=stats.data, layers=layers
+        method=method,
+        options=settings.model_dump(),
+        ratio=ratio,
+        score=decided.score,
+        sparsity=decided.sparsity,
+        recovery=decided.recovery,
+        model=stats.model,
+        data=stats.data,
+        layers=decided.layers,
     )
 
 

@@ -1,18 +1,19 @@
-"""What every method is: from Stats (and Clusters) to the experts that stay."""
+"""What every method is: from Stats (and what else it asks for) to what becomes of each layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel
 
 from moeprune.clusters import Clusters
+from moeprune.plan import LayerPlan, Recovery, Sparsity
 from moeprune.router_groups import NO_GROUPS, RouterGroups
 from moeprune.statistics import LayerStats, Stats
-
-Keep = dict[str, list[int]]
 
 
 class Options(BaseModel):
@@ -28,10 +29,35 @@ class Evidence:
     Attributes:
         stats: of the model on the calibration data.
         clusters: of its experts; there for a method that `uses_clusters`.
+        trial: the model itself and some of the text; there for a method that `tries`.
     """
 
     stats: Stats
     clusters: Clusters | None = None
+    trial: Trial | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The model on some of the calibration text, for methods that must see more than sums.
+
+    Attributes:
+        model: in memory, on its device, in evaluation mode.
+        ids_BS: int64 token ids, `[blocks, tokens per block]`.
+    """
+
+    model: PreTrainedModel
+    ids_BS: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a method decides: the parts of a Plan that are its own. See `Plan`."""
+
+    layers: dict[str, LayerPlan]
+    score: str = ""
+    sparsity: Sparsity | None = None
+    recovery: Recovery | None = None
 
 
 @dataclass(frozen=True)
@@ -41,17 +67,21 @@ class Method:
     Attributes:
         name: as the user writes it.
         summary: one line for the help.
-        decide: `(evidence, ratio, options) -> indices of the experts that stay, by layer`.
+        decide: `(evidence, ratio, options) -> Decision`.
         options: the type of its options.
         uses_clusters: whether the evidence must hold Clusters.
+        tries: whether the evidence must hold a Trial.
+        removes: what the ratio is a fraction of.
         statistics: what the Stats must hold, by the names that `statistics.collectors` registers.
     """
 
     name: str
     summary: str
-    decide: Callable[[Evidence, float, Any], Keep]
+    decide: Callable[[Evidence, float, Any], Decision]
     options: type[Options] = Options
     uses_clusters: bool = False
+    tries: bool = False
+    removes: Literal["experts", "weights", "layers"] = "experts"
     statistics: frozenset[str] = frozenset()
 
 
@@ -63,10 +93,22 @@ def count_of(ratio: float, experts: int, groups: RouterGroups = NO_GROUPS) -> in
     return groups.whole(int(ratio * experts + 1e-9))
 
 
-def keep_last(order: Iterable[int], ratio: float, layer: LayerStats) -> list[int]:
-    """The experts of a layer that stay where a ratio of them goes, those first that come first in the order."""
+def keep_best(score_E: Sequence[float], ratio: float, layer: LayerStats) -> LayerPlan:
+    """A layer that loses a ratio of its experts, those of the lowest scores; among equals, those of lower index."""
+    ascending = sorted(range(layer.experts), key=score_E.__getitem__)
+    return keep_last(ascending, ratio, layer).model_copy(update={"scores": list(score_E)})
+
+
+def keep_last(order: Iterable[int], ratio: float, layer: LayerStats) -> LayerPlan:
+    """A layer that loses a ratio of its experts, those first that come first in the order."""
     count = count_of(ratio, layer.experts, layer.groups)
-    return keep_all_but(layer.groups.take(order, count, layer.experts), layer.experts)
+    drop = layer.groups.take(order, count, layer.experts)
+    return keep(keep_all_but(drop, layer.experts), layer)
+
+
+def keep(experts: list[int], layer: LayerStats) -> LayerPlan:
+    """A layer in which these experts stay, and nothing else changes."""
+    return LayerPlan(experts=layer.experts, top_k=layer.top_k, keep=experts)
 
 
 def keep_all_but(drop: list[int], experts: int) -> list[int]:

@@ -20,11 +20,13 @@ import numpy as np
 from pydantic import Field
 
 from moeprune.clusters import assign, mean_outputs
-from moeprune.methods.base import Evidence, Keep, Method, Options, count_of, keep_last
+from moeprune.methods.base import Decision, Evidence, Method, Options, count_of, keep, keep_last
 from moeprune.methods.voting import ascending, count_votes, fewest_votes_across_layers
 from moeprune.statistics import LayerStats
 
 _LARGEST_SHARE_OF_A_LAYER = 0.9  # no layer loses more
+
+_Left = dict[str, list[int]]  # the experts that stay, by layer
 
 
 class CPruneOptions(Options):
@@ -40,51 +42,51 @@ class CPruneOptions(Options):
     global_clusters: int = Field(12, ge=2, description="clusters of the global stage, over the experts of all layers")
 
 
-def decide(evidence: Evidence, ratio: float, options: CPruneOptions) -> Keep:
-    keep = _prune_layers(evidence, ratio * options.layerwise_share, options)
-    if options.layerwise_share == 1:
-        return keep  # uniform, even where what the layers' whole numbers leave of the ratio would be one expert more
-    total = sum(layer.experts for layer in evidence.stats.layers.values())
-    gone = total - sum(map(len, keep.values()))
-    return _prune_globally(evidence, keep, count_of(ratio, total) - gone, options)
+def decide(evidence: Evidence, ratio: float, options: CPruneOptions) -> Decision:
+    left = _prune_layers(evidence, ratio * options.layerwise_share, options)
+    if options.layerwise_share < 1:  # at 1, uniform, even where the layers' whole numbers leave one expert too many
+        total = sum(layer.experts for layer in evidence.stats.layers.values())
+        gone = total - sum(map(len, left.values()))
+        left = _prune_globally(evidence, left, count_of(ratio, total) - gone, options)
+    return Decision({name: keep(experts, evidence.stats.layers[name]) for name, experts in left.items()})
 
 
-def _prune_layers(evidence: Evidence, rate: float, options: CPruneOptions) -> Keep:
+def _prune_layers(evidence: Evidence, rate: float, options: CPruneOptions) -> _Left:
     """The first stage: each layer for itself."""
     assert evidence.clusters is not None
-    keep = {}
+    left = {}
     for name, layer in evidence.stats.layers.items():
         made, use_E = evidence.clusters.layers[name], _use(layer)
         rank_GE = _rank(options, made.distance_GE, use_E)
         votes_E = count_votes(made.label_GE, rank_GE, rate, layer.experts)
-        keep[name] = keep_last(ascending(votes_E, use_E), rate, layer)
-    return keep
+        left[name] = keep_last(ascending(votes_E, use_E), rate, layer).keep
+    return left
 
 
-def _prune_globally(evidence: Evidence, keep: Keep, count: int, options: CPruneOptions) -> Keep:
+def _prune_globally(evidence: Evidence, stay: _Left, count: int, options: CPruneOptions) -> _Left:
     """The second stage: remove `count` more from the list of all that are left."""
     if count == 0:
-        return keep
+        return stay
     assert evidence.clusters is not None
     stats = evidence.stats
-    left = [(name, expert) for name, experts in keep.items() for expert in experts]
-    use_N = np.concatenate([_use(stats.layers[name])[experts] for name, experts in keep.items()])
-    point_GNH = np.concatenate([mean_outputs(stats, name)[:, experts] for name, experts in keep.items()], axis=1)
+    left = [(name, expert) for name, experts in stay.items() for expert in experts]
+    use_N = np.concatenate([_use(stats.layers[name])[experts] for name, experts in stay.items()])
+    point_GNH = np.concatenate([mean_outputs(stats, name)[:, experts] for name, experts in stay.items()], axis=1)
     clusters = min(options.global_clusters, len(left))
     assigned = [assign(point_NH, clusters, evidence.clusters.algorithm) for point_NH in point_GNH]
     label_GN, distance_GN = (np.stack(part) for part in zip(*assigned, strict=True))
     experts_per_layer = max(layer.experts for layer in stats.layers.values())
     votes_N = count_votes(label_GN, _rank(options, distance_GN, use_N), count / len(left), experts_per_layer)
-    room = {name: _most_to_lose(layer) - (layer.experts - len(keep[name])) for name, layer in stats.layers.items()}
+    room = {name: _most_to_lose(layer) - (layer.experts - len(stay[name])) for name, layer in stats.layers.items()}
     groups = next(iter(stats.layers.values())).groups
     gone = fewest_votes_across_layers(votes_N, [name for name, _ in left], room, count, use_N, groups.count)
     lost = Counter(left[place][0] for place in gone)
-    order: dict[str, list[int]] = {name: [] for name in keep}
+    order: dict[str, list[int]] = {name: [] for name in stay}
     for place in ascending(votes_N, use_N):
         name, expert = left[place]
         order[name].append(expert)
-    removed = {name: set(groups.take(order[name], lost[name], stats.layers[name].experts)) for name in keep}
-    return {name: [expert for expert in experts if expert not in removed[name]] for name, experts in keep.items()}
+    removed = {name: set(groups.take(order[name], lost[name], stats.layers[name].experts)) for name in stay}
+    return {name: [expert for expert in experts if expert not in removed[name]] for name, experts in stay.items()}
 
 
 def _use(layer: LayerStats) -> np.ndarray[Any, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from moeprune.methods.base import Evidence, Keep, Method, Options, keep_last
+from moeprune.methods.base import Decision, Evidence, Method, Options, keep_best
 
 
-def decide(evidence: Evidence, ratio: float, options: Options) -> Keep:
-    return {
-        name: keep_last(layer.count("routed_tokens").argsort(stable=True).tolist(), ratio, layer)
-        for name, layer in evidence.stats.layers.items()
-    }
+def decide(evidence: Evidence, ratio: float, options: Options) -> Decision:
+    layers = evidence.stats.layers.items()
+    return Decision(
+        {name: keep_best(layer.count("routed_tokens").tolist(), ratio, layer) for name, layer in layers},
+        score="calibration tokens that chose it",
+    )
 
 
 METHOD = Method(

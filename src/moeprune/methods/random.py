@@ -6,19 +6,19 @@ from random import Random
 
 from pydantic import Field
 
-from moeprune.methods.base import Evidence, Keep, Method, Options, keep_last
+from moeprune.methods.base import Decision, Evidence, Method, Options, keep_last
 
 
 class RandomOptions(Options):
     seed: int = Field(0, description="of the lot")
 
 
-def decide(evidence: Evidence, ratio: float, options: RandomOptions) -> Keep:
+def decide(evidence: Evidence, ratio: float, options: RandomOptions) -> Decision:
     lot = Random(options.seed)
-    return {
-        name: keep_last(lot.sample(range(layer.experts), layer.experts), ratio, layer)
-        for name, layer in evidence.stats.layers.items()
-    }
+    layers = evidence.stats.layers.items()
+    return Decision(
+        {name: keep_last(lot.sample(range(layer.experts), layer.experts), ratio, layer) for name, layer in layers}
+    )
 
 
 METHOD = Method("random", "drop experts by lot, layer by layer", decide, RandomOptions)

@@ -10,7 +10,7 @@ import torch
 
 from moeprune.errors import InputError
 from moeprune.router_groups import NO_GROUPS, RouterGroups
-from moeprune.statistics.collectors import COLLECTORS, Collector, Seen, find
+from moeprune.statistics.collectors import OUTSIDE, Collector, Seen, find
 from moeprune.statistics.exact import ExactSum
 from moeprune.statistics.observer import ExpertsCall
 from moeprune.statistics.passes import Batch, ForwardPass
@@ -27,7 +27,7 @@ def calibrate(
     ids_BS: torch.Tensor,
     mask_BS: torch.Tensor | None = None,
     *,
-    statistics: Iterable[str] = COLLECTORS,
+    statistics: Iterable[str] = OUTSIDE,
     source: str = "",
     groups: int = GROUPS,
     router_groups: RouterGroups = NO_GROUPS,
@@ -44,7 +44,7 @@ def calibrate(
         fingerprint: of the model's checkpoint; the Stats carry it.
         ids_BS: int64 token ids, `[blocks, tokens per block]`.
         mask_BS: bool; False is padding, to the right of a block's tokens. It counts in nothing. None: there is none.
-        statistics: what to collect (`collectors`); by default all there is.
+        statistics: what to collect (`collectors`); by default all that is seen from outside the experts.
         source: address of the data; the Stats carry it.
         groups: C-Prune clusters each group of blocks for itself and lets the groups vote. Which group a block falls
             into is read from its content, so that it is the same whoever computes it.
@@ -89,7 +89,7 @@ def calibrate(
         )
 
     try:
-        run(batches, watch, on_progress)
+        run(batches, watch, on_progress, inside=any(collector.inside for collector in collectors.values()))
     except OverflowError as error:
         raise InputError(
             f"the model's experts give outputs that cannot be summed: {error}; try another dtype"

@@ -14,9 +14,11 @@ from functools import cached_property
 import torch
 
 from moeprune.errors import InputError
+from moeprune.statistics.inside import Inside
 from moeprune.statistics.observer import ExpertsCall
 
 Index = tuple[int | slice, ...]
+_TOKENS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,15 @@ class Seen:
     @cached_property
     def padded(self) -> bool:
         return not bool(self.mask_BS.all())
+
+    @cached_property
+    def choices(self) -> Inside:
+        """What happened inside the experts, without padding and without choices that weigh nothing."""
+        inside = self.call.inside
+        counts_N = inside.weight_N != 0
+        if self.padded:
+            counts_N &= self._mask[inside.token_N, 0]
+        return inside if counts_N.all() else inside.of(counts_N)
 
     @cached_property
     def _mask(self) -> torch.Tensor:
@@ -80,12 +91,14 @@ class Collector:
         part: the part of it that a call adds to.
         values: what the call adds there. They must not depend on the order in which threads add.
         counts: whether it holds whole numbers.
+        inside: whether it looks at what happens inside the experts.
     """
 
     shape: Callable[[Seen], tuple[int, ...]]
     part: Callable[[Seen], Index]
     values: Callable[[Seen], torch.Tensor]
     counts: bool = False
+    inside: bool = False
 
 
 def _routed_tokens(seen: Seen) -> torch.Tensor:
@@ -106,8 +119,76 @@ def _probe_output(seen: Seen) -> torch.Tensor:
     return sum_GRH
 
 
+def _gated_norm(seen: Seen) -> torch.Tensor:
+    inside = seen.choices
+    norm_N = inside.output_NH.float().norm(dim=-1) * inside.weight_N.float()
+    return inside.sum_by_expert(norm_N)
+
+
+def _output(seen: Seen) -> torch.Tensor:
+    return seen.choices.sum_by_expert(seen.choices.output_NH.float())
+
+
+def _output_square(seen: Seen) -> torch.Tensor:
+    return seen.choices.sum_by_expert(seen.choices.output_NH.float().square().sum(-1))
+
+
+def _input_square(seen: Seen) -> torch.Tensor:
+    inside = seen.choices
+    return inside.sum_by_expert(seen.call.x_TH[inside.token_N].float().square())
+
+
+def _gated_input_square(seen: Seen) -> torch.Tensor:
+    inside = seen.choices
+    gated_NH = seen.call.x_TH[inside.token_N].float() * inside.weight_N[:, None].float()
+    return inside.sum_by_expert(gated_NH.square())
+
+
+def _hidden_square(seen: Seen) -> torch.Tensor:
+    return seen.choices.sum_by_expert(seen.choices.hidden_NI.float().square())
+
+
+def _gated_hidden_square(seen: Seen) -> torch.Tensor:
+    inside = seen.choices
+    return inside.sum_by_expert((inside.hidden_NI.float() * inside.weight_N[:, None].float()).square())
+
+
+def _overlap(seen: Seen) -> torch.Tensor:
+    inside, experts = seen.choices, seen.call.layer_experts
+    if len(seen.call.experts) < experts:
+        raise InputError("the overlap of experts is seen only where all of a layer are in memory; give more of it")
+    expert_N = torch.repeat_interleave(
+        torch.arange(experts, device=inside.token_N.device), torch.tensor(inside.counts_R, device=inside.token_N.device)
+    )
+    order_N = inside.token_N.argsort(stable=True)
+    gated_NH = inside.output_NH.float() * inside.weight_N[:, None].float()
+    overlap_EE = torch.zeros(experts, experts, dtype=torch.float64, device=gated_NH.device)
+    per_token = torch.bincount(inside.token_N, minlength=1)
+    for chosen in per_token.unique().tolist():  # nearly always one number: experts per token
+        if not chosen:
+            continue
+        place_TK = order_N[(per_token[inside.token_N[order_N]] == chosen)].view(-1, chosen)
+        for place_tK in place_TK.split(_TOKENS_AT_ONCE):
+            gated_tKH, expert_tK = gated_NH[place_tK], expert_N[place_tK]
+            product_tKK = (gated_tKH @ gated_tKH.mT).double()
+            overlap_EE.index_put_(
+                (expert_tK[:, :, None].expand_as(product_tKK), expert_tK[:, None, :].expand_as(product_tKK)),
+                product_tKK,
+                accumulate=True,
+            )
+    return overlap_EE
+
+
 def _per_expert(seen: Seen) -> tuple[int, ...]:
     return (seen.call.layer_experts,)
+
+
+def _per_input(seen: Seen) -> tuple[int, ...]:
+    return (seen.call.layer_experts, seen.call.x_TH.shape[-1])
+
+
+def _per_hidden(seen: Seen) -> tuple[int, ...]:
+    return (seen.call.layer_experts, seen.choices.hidden_NI.shape[-1])
 
 
 def _shown(seen: Seen) -> Index:
@@ -126,7 +207,28 @@ COLLECTORS = {
         lambda seen: (slice(None), seen.shown),
         _probe_output,
     ),
+    # The norm of each expert's output times its gate weight, over its tokens (REAP, arXiv 2510.13999, section 4).
+    "gated_norm": Collector(_per_expert, _shown, _gated_norm, inside=True),
+    # Each expert's outputs over its tokens, unweighted, and their squared norms.
+    "output": Collector(_per_input, _shown, _output, inside=True),
+    "output_square": Collector(_per_expert, _shown, _output_square, inside=True),
+    # The squares of what goes into each expert's projections, by feature: its first (input) and its last (hidden), as
+    # they are (Wanda, arXiv 2306.11695) and times the gate weight (MoE-Pruner, arXiv 2410.12013, section 3).
+    "input_square": Collector(_per_input, _shown, _input_square, inside=True),
+    "hidden_square": Collector(_per_hidden, _shown, _hidden_square, inside=True),
+    "gated_input_square": Collector(_per_input, _shown, _gated_input_square, inside=True),
+    "gated_hidden_square": Collector(_per_hidden, _shown, _gated_hidden_square, inside=True),
+    # The inner products of the experts' weighted outputs for the same token: `1' overlap 1` over the experts that go is
+    # the squared error of leaving them out (NAEE, arXiv 2402.14800, section 3.2, without a second routing).
+    "overlap": Collector(
+        lambda seen: (seen.call.layer_experts, seen.call.layer_experts),
+        lambda seen: (slice(None), slice(None)),
+        _overlap,
+        inside=True,
+    ),
 }
+
+OUTSIDE = tuple(name for name, collector in COLLECTORS.items() if not collector.inside)
 
 
 def find(statistics: Iterable[str]) -> dict[str, Collector]:

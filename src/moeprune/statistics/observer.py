@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeprune.checkpoint.layout import expert_count, experts_modules
+from moeprune.statistics.inside import Inside, look_inside
 
 ExpertsForward = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -50,6 +52,15 @@ class ExpertsCall:
     forward: ExpertsForward
     layer_experts: int
     experts: range
+
+    @cached_property
+    def inside(self) -> Inside:
+        """The choices of the call's experts, run one by one."""
+        return look_inside(self.module, self.x_TH, self.index_TK, self.weight_TK, self.experts.start)
+
+    def run(self) -> torch.Tensor:
+        """What the call's experts put out, `[T, H]`, mixed from `inside`."""
+        return self.inside.mixed(len(self.x_TH)).to(self.x_TH.dtype)
 
     def every_expert(self, x_NH: torch.Tensor) -> torch.Tensor:
         """Run each of the module's R experts on each of N inputs, unweighted: `[N, R, H]`."""
@@ -87,11 +98,15 @@ ALL_EXPERTS_FUNCTIONS.register(_NAME, _intercepted_forward)
 
 
 @contextmanager
-def observe(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
-    """Show every call of the model's experts to the watcher, inside the block."""
+def observe(model: PreTrainedModel, watcher: Watcher, *, inside: bool = False) -> Iterator[None]:
+    """Show every call of the model's experts to the watcher, inside the block.
+
+    Args:
+        inside: the watcher will look at `ExpertsCall.inside`; the layer's output is then made of that.
+    """
 
     def run_and_show(call: ExpertsCall) -> torch.Tensor:
-        out = call.forward(call.module, call.x_TH, call.index_TK, call.weight_TK)
+        out = call.run() if inside else call.forward(call.module, call.x_TH, call.index_TK, call.weight_TK)
         watcher(call)
         return out
 

@@ -53,13 +53,16 @@ class ForwardPass(Protocol):
     @property
     def layers(self) -> list[str]: ...
 
-    def __call__(self, batches: Sequence[Batch], watch: Watch, on_progress: Callable[[int, int], None]) -> None:
+    def __call__(
+        self, batches: Sequence[Batch], watch: Watch, on_progress: Callable[[int, int], None], *, inside: bool = False
+    ) -> None:
         """Show each row of each batch to `watch` once for each expert of each layer, in whatever order.
 
         Args:
             batches: what is run.
             watch: a batch can come in several parts, for example where memory does not suffice for the whole.
             on_progress: called with how much is done, and of how much.
+            inside: `watch` will look at `ExpertsCall.inside`.
         """
 
 
@@ -71,15 +74,22 @@ class InMemoryPass:
         self._model = model
 
     @torch.inference_mode()
-    def __call__(self, batches: Sequence[Batch], watch: Watch, on_progress: Callable[[int, int], None]) -> None:
+    def __call__(
+        self, batches: Sequence[Batch], watch: Watch, on_progress: Callable[[int, int], None], *, inside: bool = False
+    ) -> None:
         """Raises InputError where memory does not suffice for a single sequence."""
         fitting = Fitting("calibrating on")
         for number, batch in enumerate(batches):
-            fitting.run(len(batch), partial(self._run, batch, partial(watch, number), set()))
+            fitting.run(len(batch), partial(self._run, batch, partial(watch, number), set(), inside))
             on_progress(number + 1, len(batches))
 
     def _run(
-        self, batch: Batch, watch: Callable[[slice, ExpertsCall], None], shown: set[tuple[str, int]], rows: slice
+        self,
+        batch: Batch,
+        watch: Callable[[slice, ExpertsCall], None],
+        shown: set[tuple[str, int]],
+        inside: bool,
+        rows: slice,
     ) -> None:
         """`shown` are the layers and rows that `watch` has seen of this batch, before memory ran out further up."""
         before = frozenset(shown)
@@ -92,6 +102,6 @@ class InMemoryPass:
 
         part, device = batch.rows(rows), self._model.device
         mask_BS = None if part.mask_BS.all() else part.mask_BS.to(device)
-        with observe(self._model, show_once):
+        with observe(self._model, show_once, inside=inside):
             # The logits of all tokens are the largest tensor of a pass, and nobody looks at them.
             self._model.base_model(input_ids=part.ids_BS.to(device), attention_mask=mask_BS, use_cache=False)

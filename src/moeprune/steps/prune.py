@@ -112,7 +112,7 @@ def _plan(
         decided = make_plan(method, ratio, evidence, loaded_clusters, options)
         decided.save(path)
         for tracked in _own_and_pipelines(run):
-            tracked.text(decided.model_dump_json(indent=1), "plan.json")
+            tracked.text(decided.to_json(), "plan.json")
         _log_calibration_data(run, evidence)
         run.metrics({"removed_experts_share": decided.removed})
         return decided

@@ -33,6 +33,9 @@ _USUAL_TOP_K = 8
 _SHARE_OF_A_PASS = 1 / 6  # of the limit
 
 
+_RunAndShow = Callable[[int, slice, ExpertsCall], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class _Part:
     """A door: the pass is about to enter this part."""
@@ -93,7 +96,9 @@ class StreamedPass:
         self._scratch = scratch
         self.layers = self._paged.layers
 
-    def __call__(self, batches: Sequence[Batch], watch: Watch, on_progress: Callable[[int, int], None]) -> None:
+    def __call__(
+        self, batches: Sequence[Batch], watch: Watch, on_progress: Callable[[int, int], None], *, inside: bool = False
+    ) -> None:
         """See `ForwardPass`.
 
         Raises:
@@ -116,7 +121,7 @@ class StreamedPass:
                 for start in range(0, len(batch), rows)
             ]
             try:
-                self._run(passing, room, noting, watch, on_progress)
+                self._run(passing, room, noting, partial(_run_and_show, watch, inside), on_progress)
             except NotInMemoryError as error:
                 raise InputError(
                     f"this model's parts use weights of each other, so that it cannot be streamed ({error}); calibrate "
@@ -187,7 +192,7 @@ class StreamedPass:
         passing: list[_Passing],
         room: Room,
         noting: Noting,
-        watch: Watch,
+        run_and_show: _RunAndShow,
         on_progress: Callable[[int, int], None],
     ) -> None:
         steps = len(passing) * len(self.layers)
@@ -197,7 +202,7 @@ class StreamedPass:
             door = waiting[0].lane.door
             here = [one for one in waiting if one.lane.door == door]
             if isinstance(door, _Experts):
-                for one, out_TH in self._run_experts(door.layer, here, passing, room, watch):
+                for one, out_TH in self._run_experts(door.layer, here, passing, room, run_and_show):
                     one.ahead.discard(door.layer)
                     on_progress(steps - sum(len(other.ahead) for other in passing), steps)
                     if one.ahead:
@@ -227,7 +232,7 @@ class StreamedPass:
         self._settle(one, passing, room)
 
     def _run_experts(
-        self, layer: str, here: list[_Passing], passing: list[_Passing], room: Room, watch: Watch
+        self, layer: str, here: list[_Passing], passing: list[_Passing], room: Room, run_and_show: _RunAndShow
     ) -> Iterator[tuple[_Passing, torch.Tensor]]:
         """Yield each pass with its experts' output."""
         everyone = range(self._paged.experts_of(layer))
@@ -235,12 +240,12 @@ class StreamedPass:
         if at_once >= len(everyone):
             with self._paged.experts(layer, everyone) as module:
                 for one in here:
-                    yield one, self._output_of(module, everyone, one, watch)
+                    yield one, self._output_of(module, everyone, one, run_and_show)
             return
         for some in _nearly_equal(everyone, at_once):
             with self._paged.experts(layer, some) as module:
                 for one in here:
-                    out_TH = self._output_of(module, some, one, watch)
+                    out_TH = self._output_of(module, some, one, run_and_show)
                     one.output_TH = out_TH if one.output_TH is None else one.output_TH.add_(out_TH)
                     one.held.note(one.output_TH)
                     del out_TH
@@ -251,14 +256,13 @@ class StreamedPass:
             out_TH, one.output_TH = one.output_TH, None
             yield one, out_TH
 
-    def _output_of(self, module: torch.nn.Module, which: range, one: _Passing, watch: Watch) -> torch.Tensor:
+    def _output_of(
+        self, module: torch.nn.Module, which: range, one: _Passing, run_and_show: _RunAndShow
+    ) -> torch.Tensor:
         """What these experts add to the layer's output."""
         one.held.restore()
         assert isinstance(one.lane.door, _Experts)
-        call = replace(one.lane.door.call, module=module, experts=which)
-        out_TH = _run_range(call)
-        watch(one.number, one.rows, call)
-        return out_TH
+        return run_and_show(one.number, one.rows, replace(one.lane.door.call, module=module, experts=which))
 
     def _settle(self, one: _Passing, passing: list[_Passing], room: Room) -> None:
         """See that what the passes hold leaves room: of those that take turns, the last is needed again latest."""
@@ -271,6 +275,12 @@ def _nearly_equal(everyone: range, at_once: int) -> Iterator[range]:
     pieces = -(-len(everyone) // at_once)
     ends = [len(everyone) * piece // pieces for piece in range(pieces + 1)]
     return (everyone[start:end] for start, end in pairwise(ends))
+
+
+def _run_and_show(watch: Watch, inside: bool, number: int, rows: slice, call: ExpertsCall) -> torch.Tensor:
+    out_TH = call.run() if inside else _run_range(call)
+    watch(number, rows, call)
+    return out_TH
 
 
 def _run_range(call: ExpertsCall) -> torch.Tensor:
