@@ -62,7 +62,7 @@ def compare_cost(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]
         read = ["--block-tokens", _BLOCK_TOKENS, "--max-blocks", arguments.blocks]
         steps = [
             ["calibrate", "--model", model, "--data", text, "--out", stats, *read, *more],
-            ["plan", "--method", "c-prune", "--ratio", 0.5, "--stats", stats, "--out", plan],
+            ["plan", "make", "--method", "c-prune", "--ratio", 0.5, "--stats", stats, "--out", plan],
             ["apply", "--model", model, "--plan", plan, "--out", scratch / "ours"],
         ]
         runs.append([run([str(part) for part in (_MOEPRUNE, *step)]) for step in steps])

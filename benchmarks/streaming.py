@@ -53,7 +53,7 @@ def measure(scratch: Path, size: int, limit: str, blocks: int) -> None:
     calibrate += ["--max-blocks", str(blocks)]
     steps: dict[str, list[str | Path]] = {
         "calibrate": [*calibrate, "--memory-limit", limit],
-        "plan": ["plan", "--method", "c-prune", "--ratio", "0.5", "--stats", stats, "--out", plan],
+        "plan": ["plan", "make", "--method", "c-prune", "--ratio", "0.5", "--stats", stats, "--out", plan],
         "apply": ["apply", "--model", model, "--plan", plan, "--out", pruned],
     }
     rows, raw = [], {}

@@ -105,7 +105,7 @@ class TestAWalk:
 
     def test_plan(self, walk: Walk, run_cli: Run) -> None:
         given = ("--stats", walk.stats, "--clusters", walk.clusters, "--set", "layerwise_share=0.5")
-        out = succeeds(run_cli("plan", "--method", "c-prune", "--ratio", 0.5, *given, "--out", walk.plan))
+        out = succeeds(run_cli("plan", "make", "--method", "c-prune", "--ratio", 0.5, *given, "--out", walk.plan))
         plan = Plan.load(walk.plan)
         assert plan.options["layerwise_share"] == 0.5
         assert sum(plan.experts_per_layer.values()) == 12
@@ -188,7 +188,7 @@ class TestAWalk:
         options = (*BLOCKS, "--groups", 3)
         succeeds(run_cli("calibrate", *given, "--data", f"{there}/text.jsonl", "--out", f"{there}/stats", *options))
         chosen = ("--method", "frequency", "--ratio", 0.25)
-        succeeds(run_cli("plan", *chosen, "--stats", f"{there}/stats", "--out", f"{there}/plan.json"))
+        succeeds(run_cli("plan", "make", *chosen, "--stats", f"{there}/stats", "--out", f"{there}/plan.json"))
         succeeds(run_cli("apply", *given, "--plan", f"{there}/plan.json", "--out", f"{there}/pruned"))
         with places.local_file(f"{there}/stats") as path:
             stats, expected = Stats.load(path), Stats.load(walk.stats)
@@ -342,18 +342,20 @@ class TestBadInput:
     def test_a_ratio_that_cannot_be(
         self, ratio: str, said: str, refused: Callable[..., str], stats: Path, out: Path
     ) -> None:
-        assert said in refused("plan", "--method", "frequency", "--ratio", ratio, "--stats", stats, "--out", out)
+        assert said in refused(
+            "plan", "make", "--method", "frequency", "--ratio", ratio, "--stats", stats, "--out", out
+        )
 
     def test_an_unknown_method_or_option(self, refused: Callable[..., str], stats: Path, out: Path) -> None:
         given = ("--ratio", 0.5, "--stats", stats, "--out", out)
-        told = refused("plan", "--method", "magic", *given)
+        told = refused("plan", "make", "--method", "magic", *given)
         assert "unknown method 'magic'" in told
         assert all(name in told for name in METHODS)
-        assert "its options: seed" in refused("plan", "--method", "random", "--set", "colour=red", *given)
+        assert "its options: seed" in refused("plan", "make", "--method", "random", "--set", "colour=red", *given)
 
     def test_files_of_another_kind(self, refused: Callable[..., str], stats: Path, out: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("what is this")
-        given = ("plan", "--method", "c-prune", "--ratio", 0.5, "--out", out)
+        given = ("plan", "make", "--method", "c-prune", "--ratio", 0.5, "--out", out)
         assert "not a readable Stats file" in refused(*given, "--stats", tmp_path / "file")
         assert "there is no file" in refused(*given, "--stats", tmp_path / "nothing")
         assert "not a readable Clusters" in refused(*given, "--stats", stats, "--clusters", stats)
@@ -403,7 +405,7 @@ class TestBadInput:
     def test_an_output_file_that_is_a_directory(self, refused: Callable[..., str], stats: Path, out: Path) -> None:
         out.mkdir()
         given = ("--method", "frequency", "--ratio", 0.5, "--stats", stats)
-        assert "is a directory" in refused("plan", *given, "--out", out)
+        assert "is a directory" in refused("plan", "make", *given, "--out", out)
         evaluate = ("evaluate", "--model", "./nothing", "--data", "nothing.txt")
         assert "is a directory" in refused(*evaluate, "--out", out)
         assert "is a directory" in refused(*evaluate, "--out", out / "report", "--page", out)
@@ -447,7 +449,7 @@ class TestBadInput:
 
     def test_two_of_them_in_a_process_of_their_own(self, stats: Path, out: Path, tmp_path: Path, corpus: Path) -> None:
         dense = tiny.write(tmp_path / "dense", tiny.dense_config())
-        plan = ("plan", "--method", "frequency", "--ratio", 1.5, "--stats", stats, "--out", out)
+        plan = ("plan", "make", "--method", "frequency", "--ratio", 1.5, "--stats", stats, "--out", out)
         calibrate = ("calibrate", "--model", dense, "--data", corpus, "--out", out)
         processes = [in_a_process(*arguments) for arguments in (plan, calibrate)]
         for process, said in zip(processes, ["below 1, not 1.5", "not a Mixture-of-Experts"], strict=True):
@@ -496,7 +498,7 @@ def test_help_version_and_methods(run_cli: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["cluster"], ["plan", "--ratio", "half"], ["nonsense"], ["calibrate", "--nonsense"]]
+    "arguments", [["cluster"], ["plan", "make", "--ratio", "half"], ["nonsense"], ["calibrate", "--nonsense"]]
 )
 def test_a_command_line_that_is_none_says_how_it_goes(arguments: list[str], run_cli: Run) -> None:
     code, _, err = run_cli(*arguments)

@@ -94,7 +94,7 @@ def check_fits(source: Checkpoint, plan: Plan) -> None:
     if layout != planned or plan.model != source.fingerprint:
         raise InputError(
             f"the plan was made for another model (fingerprint {plan.model[:12]}) than {source.files.address} "
-            f"({source.fingerprint[:12]}); make one with `moeprune plan` from Stats of this model"
+            f"({source.fingerprint[:12]}); make one with `moeprune plan make` from Stats of this model"
         )
 
     _check_groups(source, plan)

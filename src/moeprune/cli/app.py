@@ -28,7 +28,7 @@ console = Console(soft_wrap=True)  # a line is a line, also for whoever reads it
 ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help="the original model")]
 DataOption = Annotated[str, typer.Option("--data", metavar="DATA", help="text of the domain to prune for")]
 StatsOption = Annotated[str, typer.Option("--stats", metavar="FILE", help="Stats, from `moeprune calibrate`")]
-PlanOption = Annotated[str, typer.Option("--plan", metavar="FILE", help="the Plan, from `moeprune plan`")]
+PlanOption = Annotated[str, typer.Option("--plan", metavar="FILE", help="the Plan, from `moeprune plan make`")]
 FieldOption = Annotated[str, typer.Option(help="field of JSONL or Parquet that holds the text")]
 BlockOption = Annotated[int, typer.Option(help="tokens per block; texts are joined and cut into blocks")]
 BatchOption = Annotated[int, typer.Option(help="blocks per forward pass")]
@@ -156,25 +156,6 @@ def cluster(
 
     clusters = step.cluster(stats, out, algorithm=algorithm, clusters_per_layer=clusters_per_layer)
     console.print(f"{out}: {clusters.clusters_per_layer} clusters in each of {len(clusters.layers)} layers")
-
-
-@app.command()
-def plan(
-    method: MethodOption,
-    ratio: RatioOption,
-    stats: StatsOption,
-    out: Annotated[str, typer.Option(metavar="FILE", help="where to write the Plan (JSON)")],
-    clusters: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Clusters; made on the way where not given")
-    ] = None,
-    settings: SettingOption = None,
-) -> None:
-    """Decide which experts stay (a Plan, to read, edit and apply)."""
-    from moeprune.steps import prune as step
-
-    decided = step.plan(method, ratio, stats, out, clusters=clusters, options=parse_settings(settings))
-    counts = decided.experts_per_layer.values()
-    console.print(f"{out}: removes {decided.removed:.1%} of the experts; layers keep {min(counts)} to {max(counts)}")
 
 
 @app.command()
