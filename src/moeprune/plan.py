@@ -102,6 +102,7 @@ class Plan(BaseModel):
     Attributes:
         method, options: who decided, and with what.
         ratio: how much goes: the fraction of all routed experts, or what else the method counts by.
+        budget: what was asked for, in words, where the ratio follows from it.
         score: what the layers' `scores` are, in words.
         sparsity: of the experts that stay.
         recovery: of the experts that stay.
@@ -116,6 +117,7 @@ class Plan(BaseModel):
     method: str
     options: dict[str, Any]
     ratio: float
+    budget: str = ""
     score: str = ""
     sparsity: Sparsity | None = None
     recovery: Recovery | None = None

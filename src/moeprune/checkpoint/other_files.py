@@ -16,8 +16,16 @@ def is_weights(name: str) -> bool:
     return PurePosixPath(name).suffix in _WEIGHTS or name == INDEX_NAME
 
 
+def other_files(directory: Path) -> list[Path]:
+    """What lies beside the weights. Not the model card, which tells of the source only."""
+    return [
+        path
+        for path in sorted(directory.iterdir())
+        if path.is_file() and not is_weights(path.name) and path.name != CARD_NAME
+    ]
+
+
 def copy_other_files(source: Path, target: Path) -> None:
-    """Carry over what lies beside the weights. Not the model card, which tells of the source only."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not is_weights(path.name) and path.name != CARD_NAME:
-            shutil.copyfile(path, target / path.name)
+    """Carry over what lies beside the weights."""
+    for path in other_files(source):
+        shutil.copyfile(path, target / path.name)

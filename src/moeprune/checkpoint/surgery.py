@@ -22,9 +22,9 @@ from moeprune.checkpoint.expert_tables import renumbered
 from moeprune.checkpoint.files import CheckpointFiles
 from moeprune.checkpoint.layout import Layout
 from moeprune.checkpoint.loading import Checkpoint
-from moeprune.checkpoint.other_files import CARD_NAME, copy_other_files
+from moeprune.checkpoint.other_files import CARD_NAME, copy_other_files, other_files
 from moeprune.checkpoint.pieces import PlannedTensor, Values, selected, unchanged
-from moeprune.checkpoint.shards import SHARD_BYTES, plan_shards
+from moeprune.checkpoint.shards import SHARD_BYTES, index_of, plan_shards
 from moeprune.checkpoint.targets import LocalTarget, Target
 from moeprune.checkpoint.writing import job_name, write_checkpoint
 from moeprune.errors import InputError
@@ -80,6 +80,24 @@ def cut(
 
     write_checkpoint(shards, files.source, target, job, write_other_files, on_tensor=on_tensor, say=say)
     return Written(sum(shard.parameters for shard in shards), sum(shard.file_bytes for shard in shards))
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a Plan will make of a model: parameters as they are stored, and bytes of all its files together."""
+
+    parameters: int
+    bytes: int
+
+
+def foresee(source: Checkpoint, plan: Plan) -> Foreseen:
+    """What `cut` would write, from headers alone."""
+    shards = plan_shards(_planned(source.files, source.layout, plan), SHARD_BYTES)
+    texts = _texts(source, plan) | index_of(shards)
+    copied = (path.stat().st_size for path in other_files(source.directory) if path.name not in texts)
+    written = (len(text.encode()) for text in texts.values())
+    weights = sum(shard.file_bytes for shard in shards)
+    return Foreseen(sum(shard.parameters for shard in shards), weights + sum(copied) + sum(written))
 
 
 def check_fits(source: Checkpoint, plan: Plan) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from moeprune.errors import InputError
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_EXPONENT = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _CONVERSION = 2.0  # bytes at once per byte brought in: while tensors are fused, the stored ones are there, too
 _SHARE_OF_EXPERTS = 0.75  # of what is left for them and for activations
 _SLACK = 96 << 20  # what Python and the libraries still take on the way
@@ -22,15 +22,16 @@ _MMAP_THRESHOLD = -3  # of mallopt: larger blocks are mapped one by one, and giv
 
 
 def parse_bytes(text: str) -> int:
-    """`2GiB`, `1.5G`, `900MB` (read as MiB) as bytes.
+    """`2GiB`, `1.5G` (the same unit), `900MB` (millions) as bytes.
 
     Raises:
         InputError: not of that form.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?\s*", text, re.IGNORECASE)
     if not found or not float(found[1]):
-        raise InputError(f"{text!r} is not a size; write for example 2GiB or 900MiB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+        raise InputError(f"{text!r} is not a size; write for example 2GiB or 900MB")
+    thousands = (found[3] or "").lower() == "b"
+    return round(float(found[1]) * (1000 if thousands else 1024) ** _EXPONENT[found[2].upper()])
 
 
 def memory_in_use() -> int:
