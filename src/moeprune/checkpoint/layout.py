@@ -41,6 +41,7 @@ class LayerLayout:
             j-th.
         parameters: the model's own names of all of these, by their expert axis.
         tables: names of tensors whose values are numbers of experts, `[tokens, experts per token]`.
+        top_k: experts that run for a token, where the router says so.
     """
 
     experts: int
@@ -48,6 +49,7 @@ class LayerLayout:
     separate: list[list[str]]
     parameters: dict[str, int]
     tables: list[str] = field(default_factory=list)
+    top_k: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,17 @@ def _layer_layouts(
             for small, large in zip(stored_ways(model, own), stored_ways(larger, own_grown), strict=True)
         ]
         found = as_stored_here(ways, name, stored) if stored else ways[0]
-        layers[name] = LayerLayout(expert_count(module), found.fused, found.separate, per_layer[name], found.tables)
+        layers[name] = LayerLayout(
+            expert_count(module), found.fused, found.separate, per_layer[name], found.tables, _top_k(model, name)
+        )
     return layers
+
+
+def _top_k(model: PreTrainedModel, name: str) -> int | None:
+    """What the router beside an experts module says; nearly every one has this attribute."""
+    block = model.get_submodule(name.rpartition(".")[0])
+    stated = {vars(part)["top_k"] for part in block.modules() if isinstance(vars(part).get("top_k"), int)}
+    return stated.pop() if len(stated) == 1 else None
 
 
 def _tables_beside(name: str, state: dict[str, torch.Tensor]) -> list[str]:

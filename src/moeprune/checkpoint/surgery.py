@@ -107,15 +107,33 @@ def check_fits(source: Checkpoint, plan: Plan) -> None:
             f"{source.files.address} is pruned already, layer by layer differently; prune the original with another "
             "ratio"
         )
-    layout = {name: layer.experts for name, layer in source.layout.layers.items()}
-    planned = {name: layer.experts for name, layer in plan.layers.items()}
-    if layout != planned or plan.model != source.fingerprint:
+    if plan.model != source.fingerprint:
         raise InputError(
             f"the plan was made for another model (fingerprint {plan.model[:12]}) than {source.files.address} "
             f"({source.fingerprint[:12]}); make one with `moeprune plan make` from Stats of this model"
         )
-
+    _check_layers(source, plan)
     _check_groups(source, plan)
+
+
+def _check_layers(source: Checkpoint, plan: Plan) -> None:
+    """Raise InputError where the plan's layers are not those of the model."""
+    address, layers = source.files.address, source.layout.layers
+    if missing := [name for name in layers if name not in plan.layers]:
+        raise InputError(f"the plan does not say what becomes of {missing[0]}, a layer of {address}")
+    if unknown := [name for name in plan.layers if name not in layers]:
+        raise InputError(f"the plan names the layer {unknown[0]}, which {address} does not have")
+    for name, layer in layers.items():
+        planned = plan.layers[name]
+        if planned.experts != layer.experts:
+            raise InputError(
+                f"the plan says that {name} has {planned.experts} `experts`, but in {address} it has {layer.experts}"
+            )
+        if layer.top_k not in (None, planned.top_k):
+            raise InputError(
+                f"the plan says that {planned.top_k} experts of {name} run for each token (`top_k`), but in {address} "
+                f"{layer.top_k} do"
+            )
 
 
 def _check_groups(source: Checkpoint, plan: Plan) -> None:
