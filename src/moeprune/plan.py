@@ -11,10 +11,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from moeprune.atomic import write_beside
 from moeprune.errors import InputError
+from moeprune.sparsity import Score, parse_pattern
 
 
 class LayerPlan(BaseModel):
@@ -25,6 +26,7 @@ class LayerPlan(BaseModel):
         top_k: how many run for a token; at least as many must stay.
         keep: indices of those that stay, ascending.
         merged: of those that stay, the ones that become a weighted mean of experts, and its weights, by expert.
+        merged_router: whether their rows in the router become such means, too.
         constant: of those that go, the ones that the router may still choose; in their place stands their mean output.
         condensed: where the layer loses its router: the experts that run for every token, and what each is multiplied
             by. They are those in `keep`, and may be fewer than `top_k`.
@@ -37,6 +39,7 @@ class LayerPlan(BaseModel):
     top_k: int
     keep: list[int]
     merged: dict[int, dict[int, float]] = {}
+    merged_router: bool = False
     constant: list[int] = []
     condensed: dict[int, float] | None = None
     scores: list[float] | None = None
@@ -53,11 +56,18 @@ class LayerPlan(BaseModel):
             raise ValueError("`merged` names experts that do not stay")
         if any(not 0 <= member < self.experts for weights in self.merged.values() for member in weights):
             raise ValueError(f"the experts of `merged` must be between 0 and {self.experts - 1}")
+        if any(min(weights.values(), default=0) < 0 or not sum(weights.values()) for weights in self.merged.values()):
+            raise ValueError("the weights of `merged` must not be negative, and some must be above 0")
         if not set(self.constant) <= set(self.drop):
             raise ValueError("`constant` names experts that do not go")
         if self.scores is not None and len(self.scores) != self.experts:
             raise ValueError(f"`scores` must have {self.experts} numbers, one for each expert")
         return self
+
+    @property
+    def choosable(self) -> list[int]:
+        """Those that the router can choose: the experts that stay, and the constants in others' places."""
+        return sorted([*self.keep, *self.constant])
 
     @property
     def drop(self) -> list[int]:
@@ -71,13 +81,19 @@ class Sparsity(BaseModel):
     Attributes:
         pattern: `0.5` for that fraction of each output row's weights, or `2:4` for two of every four that follow each
             other along the input.
-        score: how weights are ranked; the lowest go (`methods.moe_pruner`).
+        score: how weights are ranked; the lowest go (`moeprune.sparsity`).
     """
 
     model_config = ConfigDict(extra="forbid")
 
     pattern: str
-    score: Literal["moe-pruner", "wanda", "magnitude"]
+    score: Score
+
+    @field_validator("pattern")
+    @classmethod
+    def _check(cls, pattern: str) -> str:
+        parse_pattern(pattern)
+        return pattern
 
 
 class Recovery(BaseModel):

@@ -23,6 +23,12 @@ SHARED_ROUTER = "{tensor} belongs to the experts of several layers at once"
 UNKNOWN_COUNT = "no number in its config sets how many routed experts there are"
 UNKNOWN_GROWTH = "the shape of {tensor} depends on the number of experts in a way that moeprune does not know"
 
+UNKNOWN_PROJECTION = "{tensor} holds its experts' weights in an order that moeprune does not know, so none can be zeroed"
+QUANTISED_SPARSELY = (
+    "its weights are quantised as {method}, in which single weights cannot be zeroed; make the unquantised original "
+    "sparse, and quantise the result"
+)
+
 
 def refusal(config: PretrainedConfig, reason: str) -> InputError:
     """The error that tells a user why this model cannot be pruned."""
@@ -35,6 +41,12 @@ def refuse_quantisation(config: PretrainedConfig) -> None:
     if method and method not in READABLE_QUANTISATIONS:
         readable = ", ".join(sorted(READABLE_QUANTISATIONS))
         raise refusal(config, UNREADABLE_QUANTISATION.format(method=method, readable=readable))
+
+
+def refuse_to_sparsify_quantised(config: PretrainedConfig) -> None:
+    """Raise InputError where the weights are quantised at all, however well that can be undone."""
+    if method := quantisation(config):
+        raise refusal(config, QUANTISED_SPARSELY.format(method=method))
 
 
 def quantisation(config: PretrainedConfig) -> str | None:
