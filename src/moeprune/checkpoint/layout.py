@@ -41,6 +41,7 @@ class LayerLayout:
             j-th.
         parameters: the model's own names of all of these, by their expert axis.
         tables: names of tensors whose values are numbers of experts, `[tokens, experts per token]`.
+        routers: those of `fused` that choose and weigh experts, and are no part of them.
         top_k: experts that run for a token, where the router says so.
     """
 
@@ -49,6 +50,7 @@ class LayerLayout:
     separate: list[list[str]]
     parameters: dict[str, int]
     tables: list[str] = field(default_factory=list)
+    routers: frozenset[str] = frozenset()
     top_k: int | None = None
 
 
@@ -179,13 +181,22 @@ def _layer_layouts(
     for name, module in modules.items():
         names = [*per_layer[name], *_tables_beside(name, state)]
         own, own_grown = {one: state[one] for one in names}, {one: grown[one] for one in names}
+        routers = {one: tensor for one, tensor in own.items() if not one.startswith(f"{name}.")}
         ways = [
-            _stored_experts(config, small, large, expert_count(module))
-            for small, large in zip(stored_ways(model, own), stored_ways(larger, own_grown), strict=True)
+            _stored_experts(config, small, large, expert_count(module), frozenset(beside))
+            for small, large, beside in zip(
+                stored_ways(model, own), stored_ways(larger, own_grown), stored_ways(model, routers), strict=True
+            )
         ]
         found = as_stored_here(ways, name, stored) if stored else ways[0]
         layers[name] = LayerLayout(
-            expert_count(module), found.fused, found.separate, per_layer[name], found.tables, _top_k(model, name)
+            expert_count(module),
+            found.fused,
+            found.separate,
+            per_layer[name],
+            found.tables,
+            found.routers,
+            _top_k(model, name),
         )
     return layers
 
@@ -208,14 +219,20 @@ def _tables_beside(name: str, state: dict[str, torch.Tensor]) -> list[str]:
 
 
 def _stored_experts(
-    config: PretrainedConfig, small: dict[str, torch.Tensor], large: dict[str, torch.Tensor], experts: int
+    config: PretrainedConfig,
+    small: dict[str, torch.Tensor],
+    large: dict[str, torch.Tensor],
+    experts: int,
+    beside: frozenset[str],
 ) -> StoredExperts:
+    fused = _grown_axes(config, small, large)
     return StoredExperts(
         experts,
         {stored: tuple(tensor.shape) for stored, tensor in small.items()},
-        _grown_axes(config, small, large),
+        fused,
         [_siblings(stored, experts, small) for stored in large if stored not in small],
         [stored for stored, tensor in small.items() if not tensor.is_floating_point()],
+        beside & fused.keys(),
     )
 
 

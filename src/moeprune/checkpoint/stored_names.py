@@ -34,6 +34,7 @@ class StoredExperts:
     fused: dict[str, int]
     separate: list[list[str]]
     tables: list[str]
+    routers: frozenset[str]
 
 
 def stored_ways(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -80,7 +81,7 @@ def as_stored_here(ways: list[StoredExperts], layer: str, stored: StoredTensors)
 
 def _with_companions(way: StoredExperts, stored: StoredTensors) -> StoredExperts:
     """Add what lies beside the tensors, and drop those that only such companions stand for."""
-    shapes, fused = dict(way.shapes), dict(way.fused)
+    shapes, fused, routers = dict(way.shapes), dict(way.fused), set(way.routers)
     for name, axis in way.fused.items():
         beside = [f"{name}_{suffix}" for suffix in stored.beginning(f"{name}_")]
         companions = [one for one in beside if one not in way.shapes and prod(stored.shapes[one]) > 1]
@@ -92,13 +93,16 @@ def _with_companions(way: StoredExperts, stored: StoredTensors) -> StoredExperts
                     f"{list(shape)}); prune the unquantised original"
                 )
             shapes[companion], fused[companion] = shape, axis
+            if name in way.routers:
+                routers.add(companion)
         if companions and name not in stored.shapes:
             del shapes[name], fused[name]
+            routers.discard(name)
     separate = _all_of_each_expert(way, stored)
     for names in separate[len(way.separate) :]:
         shape = next(stored.shapes[name] for name in names if name in stored.shapes)
         shapes |= dict.fromkeys(names, shape)
-    return StoredExperts(way.experts, shapes, fused, separate, way.tables)
+    return StoredExperts(way.experts, shapes, fused, separate, way.tables, frozenset(routers))
 
 
 def _all_of_each_expert(way: StoredExperts, stored: StoredTensors) -> list[list[str]]:

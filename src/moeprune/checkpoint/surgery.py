@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
-from moeprune.checkpoint import modelling
+from moeprune.checkpoint import merging, modelling
 from moeprune.checkpoint.card import card
 from moeprune.checkpoint.expert_tables import renumbered
 from moeprune.checkpoint.files import CheckpointFiles
 from moeprune.checkpoint.layout import Layout
 from moeprune.checkpoint.loading import Checkpoint
+from moeprune.checkpoint.merging import Mean, expert_means, merged, merged_own, router_means, stand_ins
 from moeprune.checkpoint.other_files import CARD_NAME, copy_other_files, other_files
-from moeprune.checkpoint.pieces import PlannedTensor, Values, selected, unchanged
+from moeprune.checkpoint.pieces import PlannedTensor, Values, unchanged
 from moeprune.checkpoint.shards import SHARD_BYTES, index_of, plan_shards
 from moeprune.checkpoint.targets import LocalTarget, Target
 from moeprune.checkpoint.writing import job_name, write_checkpoint
@@ -114,6 +115,7 @@ def check_fits(source: Checkpoint, plan: Plan) -> None:
         )
     _check_layers(source, plan)
     _check_groups(source, plan)
+    merging.check(source, plan)
 
 
 def _check_layers(source: Checkpoint, plan: Plan) -> None:
@@ -155,34 +157,41 @@ def _check_groups(source: Checkpoint, plan: Plan) -> None:
 
 def _planned(files: CheckpointFiles, layout: Layout, plan: Plan) -> Iterator[PlannedTensor]:
     """Every tensor of the pruned checkpoint, in the order in which the source stores what it is made from."""
-    kept_along: dict[str, tuple[int, list[int]]] = {}
-    tables: dict[str, tuple[list[int], int]] = {}
-    new_names: dict[str, str | None] = dict.fromkeys(layout.left_out)
+    along: dict[str, tuple[int, list[Mean]]] = {}
+    own: dict[str, tuple[str, list[str], Mean]] = {}
+    tables: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    left_out = set(layout.left_out)
     for layer_name, layer in layout.layers.items():
-        keep = plan.layers[layer_name].keep
+        planned = plan.layers[layer_name]
+        experts, rows = expert_means(planned), router_means(planned)
         for name, axis in layer.fused.items():
             rows_past_the_experts = range(layer.experts, files.entries[name].shape[axis])
-            kept_along[name] = axis, [*keep, *rows_past_the_experts]
+            chosen = rows if name in layer.routers else experts
+            along[name] = axis, [*chosen, *({row: 1.0} for row in rows_past_the_experts)]
         for name in layer.tables:
-            tables[name] = keep, layer.experts
+            tables[name] = partial(
+                renumbered, keep=planned.choosable, experts=layer.experts, stand_ins=stand_ins(planned)
+            )
         for names in layer.separate:
-            new_names |= dict.fromkeys(names)
-            new_names |= {names[old]: names[new] for new, old in enumerate(keep)}
+            left_out |= set(names)
+            own |= {
+                names[old]: (names[new], names, mean)
+                for new, (old, mean) in enumerate(zip(planned.keep, experts, strict=True))
+            }
     for name, entry in files.entries.items():
-        new_name = new_names.get(name, name)
-        if new_name is None:
-            continue
-        if name in kept_along:
-            yield selected(name, entry, *kept_along[name])
+        if name in along:
+            yield merged(files, name, *along[name])
         elif name in tables:
-            values = Values(entry.nbytes, partial(_renumbered_table, files, name, *tables[name]))
+            values = Values(entry.nbytes, partial(_changed_table, files, name, tables[name]))
             yield PlannedTensor(name, entry.dtype, entry.shape, (values,))
-        else:
-            yield unchanged(new_name, entry)
+        elif name in own:
+            yield merged_own(files, *own[name])
+        elif name not in left_out:
+            yield unchanged(name, entry)
 
 
-def _renumbered_table(files: CheckpointFiles, name: str, keep: list[int], experts: int) -> torch.Tensor:
-    return renumbered(files.read([name])[name], keep, experts)
+def _changed_table(files: CheckpointFiles, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    return change(files.read([name])[name])
 
 
 def _texts(source: Checkpoint, plan: Plan) -> dict[str, str]:
