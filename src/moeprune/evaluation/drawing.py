@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec
@@ -16,6 +15,8 @@ from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import Bbox
+
+from moeprune import layer_names
 
 WIDTH = 10.0  # inches, of every figure
 MAX_HEIGHT = 13.0
@@ -91,21 +92,6 @@ def colours() -> Colormap:
     return matplotlib.colormaps["Blues"].with_extremes(bad="#e9ecef")
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """A sort key that puts layer 10 after layer 9."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
-
-
-def layer_labels(layers: Sequence[str]) -> list[str]:
-    """The number that tells these module paths apart; the whole paths where none does."""
-    numbers = [re.findall(r"\d+", layer) for layer in layers]
-    for place in range(min((len(each) for each in numbers), default=0)):
-        labels = [each[place] for each in numbers]
-        if len(set(labels)) == len(layers):
-            return labels
-    return list(layers)
-
-
 def spread(count: int, most: int) -> list[int]:
     """At most `most` of the indices 0 .. count-1, evenly spaced, the first and the last among them."""
     return sorted({round(index) for index in np.linspace(0, count - 1, min(count, most)).tolist()})
@@ -113,7 +99,7 @@ def spread(count: int, most: int) -> list[int]:
 
 def layer_ticks(axis: Axis, layers: Sequence[str], inches: float, per_inch: float = 5.0) -> None:
     """Label as many layers as fit that length of axis."""
-    labels = layer_labels(layers)
+    labels = layer_names.labels(layers)
     step = math.ceil(len(layers) / (inches * per_inch))
     axis.set_ticks(range(0, len(layers), step), labels=labels[::step], fontsize=7.5)
 

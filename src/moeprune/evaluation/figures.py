@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
+from moeprune import layer_names
 from moeprune.evaluation import drawing
 from moeprune.evaluation.drawing import WIDTH, short
 from moeprune.evaluation.report import Candidate, Report
@@ -145,7 +146,7 @@ def quality_and_size(report: Report) -> Figure:
 def experts_kept(report: Report) -> Figure:
     """Routed experts per layer, a line for each set of counts among the candidates."""
     layers = sorted(
-        {layer for candidate in report.candidates for layer in candidate.experts_per_layer}, key=drawing.natural
+        {layer for candidate in report.candidates for layer in candidate.experts_per_layer}, key=layer_names.natural
     )
 
     def counts(candidate: Candidate) -> tuple[float, ...]:
@@ -192,7 +193,7 @@ def expert_use(report: Report, keep: Keep | None = None) -> Figure:
     experts of a layer in `keep` that are not kept.
     """
     domains = sorted(report.expert_use, key=lambda domain: domain != report.domain)  # stable: that one first
-    layers = sorted(report.expert_use[domains[0]], key=drawing.natural)
+    layers = sorted(report.expert_use[domains[0]], key=layer_names.natural)
     order = {layer: np.argsort(-np.asarray(report.expert_use[domains[0]][layer]), kind="stable") for layer in layers}
     widest = max(len(each) for each in order.values())
     columns = 1 if widest > 40 else min(len(domains), 2 if widest > 20 else 3)
@@ -229,8 +230,8 @@ def expert_use(report: Report, keep: Keep | None = None) -> Figure:
 @drawing.styled
 def expert_similarity(similarity: Similarity) -> Figure:
     """Small multiples, a heat map per layer, its experts reordered by cluster and each cluster outlined."""
-    layers = sorted(similarity, key=drawing.natural)
-    labels = drawing.layer_labels(layers)
+    layers = sorted(similarity, key=layer_names.natural)
+    labels = layer_names.labels(layers)
     shown = drawing.spread(len(layers), MAX_PANELS)
     columns = next(
         columns for most, columns in ((2, 2), (6, 3), (12, 4), (24, 6), (48, 8), (60, 10)) if len(shown) <= most
