@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from moeprune.atomic import write_beside
 from moeprune.errors import InputError
-from moeprune.sparsity import Score, parse_pattern
+from moeprune.sparsity import ENERGY, Score, parse_pattern
 
 
 class LayerPlan(BaseModel):
@@ -158,6 +158,12 @@ class Plan(BaseModel):
         """The fraction of routed experts that really goes."""
         total = sum(layer.experts for layer in self.layers.values())
         return 1 - sum(self.experts_per_layer.values()) / total
+
+    @property
+    def takes_stats(self) -> bool:
+        """Whether carrying it out takes numbers from the Stats that it was made from."""
+        ranked = self.sparsity is not None and bool(ENERGY[self.sparsity.score])
+        return ranked or any(layer.constant for layer in self.layers.values())
 
     def to_json(self) -> str:
         """As it is written: without what it does not decide."""

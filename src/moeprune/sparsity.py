@@ -1,7 +1,7 @@
 """Which weights inside an expert become zero: in each output row of a projection, those of the lowest score.
 
-The score of the weight from feature `j` to output `o` is `|W[o, j]| * sqrt(energy[j])`: how much leaving it out can move
-the output. The energy of a feature is the sum of its squares over the tokens that the expert receives:
+The score of the weight from feature `j` to output `o` is `|W[o, j]| * sqrt(energy[j])`: how much leaving it out can
+move the output. The energy of a feature is the sum of its squares over the tokens that the expert receives:
 
 - `moe-pruner`: each times its gate weight first, as the expert's output will be (arXiv 2410.12013, section 3);
 - `wanda`: as it is (arXiv 2306.11695, section 3);

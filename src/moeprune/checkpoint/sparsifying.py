@@ -33,13 +33,14 @@ class Sparsifier:
 
     def __init__(self, source: Checkpoint, plan: Plan, sparsity: Sparsity, stats: Stats | None) -> None:
         refuse_to_sparsify_quantised(source.config)
+        _refuse_with_other_changes(plan)
         self._files = source.files
         self._keep = plan.keep
         self._sparsity = sparsity
         self._stats = stats
         self._check_statistics()
-        self.projections = find_projections(source.config, source.files)
-        for name, projection in self.projections.items():
+        self._projections = find_projections(source.config, source.files)
+        for name, projection in self._projections.items():
             self._check_width(name, projection)
 
     def _check_statistics(self) -> None:
@@ -47,8 +48,8 @@ class Sparsifier:
         for layer in self._stats.layers.values() if self._stats else ():
             if lacking := sorted(wanted - layer.sums.keys()):
                 raise InputError(
-                    f"these Stats do not hold {', '.join(lacking)}, by which the plan ranks weights; calibrate again with "
-                    f"`moeprune calibrate --for {self._sparsity.score}`"
+                    f"these Stats do not hold {', '.join(lacking)}, by which the plan ranks weights; calibrate "
+                    f"again with `moeprune calibrate --for {self._sparsity.score}`"
                 )
 
     def _check_width(self, name: str, projection: Projection) -> None:
@@ -58,9 +59,23 @@ class Sparsifier:
         except ValueError as error:
             raise InputError(f"{name} cannot be made sparse: {error}; choose another pattern") from error
 
+    @property
+    def experts_without_tokens(self) -> int:
+        """How many of those that stay have no energies to rank by."""
+        statistic = ENERGY[self._sparsity.score].get("input")
+        if statistic is None or self._stats is None:
+            return 0
+        seen = {name: layer.sums[statistic].limbs.any(-1).any(0) for name, layer in self._stats.layers.items()}
+        return sum(int((~seen[name][keep]).sum()) for name, keep in self._keep.items())
+
+    def concerns(self, stored: str) -> bool:
+        """Whether a stored tensor holds projections of experts that stay."""
+        projection = self._projections.get(stored)
+        return projection is not None and projection.expert in (None, *self._keep[projection.layer])
+
     def planned(self, stored: str, name: str) -> PlannedTensor:
-        """A stored projection of experts that stay, sparse, under a name."""
-        projection, entry = self.projections[stored], self._files.entries[stored]
+        """A stored tensor that this concerns, sparse, under a name."""
+        projection, entry = self._projections[stored], self._files.entries[stored]
         if projection.expert is not None:
             make = partial(self._sparse, stored, projection, projection.expert)
             return PlannedTensor(name, entry.dtype, entry.shape, (Values(entry.nbytes, make),))
@@ -83,3 +98,15 @@ class Sparsifier:
         if statistic is None or self._stats is None:
             return None
         return self._stats.layers[projection.layer].sums[statistic][expert,].value()
+
+
+def _refuse_with_other_changes(plan: Plan) -> None:
+    """Raise InputError where the energies are not those of the experts that are written, or zeros would not last."""
+    changed = {
+        "merges experts": any(layer.merged for layer in plan.layers.values()),
+        "condenses layers": any(layer.condensed is not None for layer in plan.layers.values()),
+        "fits what stays": plan.recovery is not None,
+    }
+    for what, planned in changed.items():
+        if planned:
+            raise InputError(f"the plan {what} and makes weights zero; only one of these can be carried out at once")

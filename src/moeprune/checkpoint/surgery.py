@@ -26,10 +26,12 @@ from moeprune.checkpoint.merging import Mean, expert_means, merged, merged_own, 
 from moeprune.checkpoint.other_files import CARD_NAME, copy_other_files, other_files
 from moeprune.checkpoint.pieces import PlannedTensor, Values, unchanged
 from moeprune.checkpoint.shards import SHARD_BYTES, index_of, plan_shards
+from moeprune.checkpoint.sparsifying import Sparsifier
 from moeprune.checkpoint.targets import LocalTarget, Target
 from moeprune.checkpoint.writing import job_name, write_checkpoint
 from moeprune.errors import InputError
 from moeprune.plan import Plan
+from moeprune.statistics import Stats
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ class Written:
     bytes_on_disk: int
 
 
-def apply(source: Checkpoint, plan: Plan, out: Path, *, shard_bytes: int = SHARD_BYTES) -> Checkpoint:
+def apply(
+    source: Checkpoint, plan: Plan, out: Path, *, stats: Stats | None = None, shard_bytes: int = SHARD_BYTES
+) -> Checkpoint:
     """Write the pruned checkpoint into a directory of this machine. See `cut`."""
-    cut(source, plan, LocalTarget(out), shard_bytes=shard_bytes)
+    cut(source, plan, LocalTarget(out), stats=stats, shard_bytes=shard_bytes)
     return Checkpoint(out, source.trust_remote_code)
 
 
@@ -51,6 +55,7 @@ def cut(
     plan: Plan,
     target: Target,
     *,
+    stats: Stats | None = None,
     shard_bytes: int = SHARD_BYTES,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
@@ -60,19 +65,26 @@ def cut(
     Args:
         source: the original that the plan was made for.
         target: a directory that does not exist yet, or is empty, or likewise on S3.
+        stats: what the plan was made from, for one that `takes_stats`.
         shard_bytes: of tensors in one file at most; a single larger tensor gets a file of its own.
         on_tensor: called now and then with how many tensors are done, and of how many.
         say: told, in words, what was there already, and what stays after an interruption.
 
     Raises:
-        InputError: the plan is for another model, the place is taken, or the source cannot be read.
+        InputError: the plan is for another model, the Stats are missing or others, the place is taken, or the source
+            cannot be read.
     """
     target.refuse_if_unusable()
     check_fits(source, plan)
+    _check_stats(plan, stats)
+    sparsifier = Sparsifier(source, plan, plan.sparsity, stats) if plan.sparsity else None
+    if sparsifier and (unseen := sparsifier.experts_without_tokens):
+        say(f"{unseen} experts received no tokens in calibration; their weights are ranked by magnitude alone")
     texts = _texts(source, plan)
     files = source.files
-    shards = plan_shards(_planned(files, source.layout, plan), shard_bytes)
-    job = job_name(files.source, files.shards, shards, texts["pruning_plan.json"])
+    shards = plan_shards(_planned(files, source.layout, plan, sparsifier), shard_bytes)
+    made_from = texts["pruning_plan.json"] + (stats.digest() if stats and plan.takes_stats else "")
+    job = job_name(files.source, files.shards, shards, made_from)
 
     def write_other_files(folder: Path) -> None:
         copy_other_files(source.directory, folder)
@@ -118,6 +130,20 @@ def check_fits(source: Checkpoint, plan: Plan) -> None:
     merging.check(source, plan)
 
 
+def _check_stats(plan: Plan, stats: Stats | None) -> None:
+    """Raise InputError where the Stats that a plan was made from are missing, or are others."""
+    if stats is None and plan.takes_stats:
+        raise InputError(
+            "carrying this plan out takes numbers from the Stats that it was made from; give them, `--stats FILE`"
+        )
+    if stats is not None and (stats.model, stats.data) != (plan.model, plan.data):
+        what = "model" if stats.model != plan.model else "data"
+        raise InputError(
+            f"these Stats are of another {what} (fingerprint {getattr(stats, what)[:12]}) than the plan was made from "
+            f"({getattr(plan, what)[:12]}); give those that the plan was made from"
+        )
+
+
 def _check_layers(source: Checkpoint, plan: Plan) -> None:
     """Raise InputError where the plan's layers are not those of the model."""
     address, layers = source.files.address, source.layout.layers
@@ -155,7 +181,9 @@ def _check_groups(source: Checkpoint, plan: Plan) -> None:
             )
 
 
-def _planned(files: CheckpointFiles, layout: Layout, plan: Plan) -> Iterator[PlannedTensor]:
+def _planned(
+    files: CheckpointFiles, layout: Layout, plan: Plan, sparsifier: Sparsifier | None = None
+) -> Iterator[PlannedTensor]:
     """Every tensor of the pruned checkpoint, in the order in which the source stores what it is made from."""
     along: dict[str, tuple[int, list[Mean]]] = {}
     own: dict[str, tuple[str, list[str], Mean]] = {}
@@ -179,7 +207,9 @@ def _planned(files: CheckpointFiles, layout: Layout, plan: Plan) -> Iterator[Pla
                 for new, (old, mean) in enumerate(zip(planned.keep, experts, strict=True))
             }
     for name, entry in files.entries.items():
-        if name in along:
+        if sparsifier and sparsifier.concerns(name):
+            yield sparsifier.planned(name, own[name][0] if name in own else name)
+        elif name in along:
             yield merged(files, name, *along[name])
         elif name in tables:
             values = Values(entry.nbytes, partial(_changed_table, files, name, tables[name]))

@@ -22,8 +22,7 @@ UNEVEN = "its layers have {counts} experts; moeprune reads models whose layers h
 SHARED_ROUTER = "{tensor} belongs to the experts of several layers at once"
 UNKNOWN_COUNT = "no number in its config sets how many routed experts there are"
 UNKNOWN_GROWTH = "the shape of {tensor} depends on the number of experts in a way that moeprune does not know"
-
-UNKNOWN_PROJECTION = "{tensor} holds its experts' weights in an order that moeprune does not know, so none can be zeroed"
+UNKNOWN_PROJECTION = "{tensor} holds its experts' weights in an order that moeprune does not know"
 QUANTISED_SPARSELY = (
     "its weights are quantised as {method}, in which single weights cannot be zeroed; make the unquantised original "
     "sparse, and quantise the result"

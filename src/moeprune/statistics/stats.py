@@ -103,6 +103,16 @@ class Stats:
                 dict(sorted(tensors.items())), beside, metadata={"moeprune_stats": json.dumps(header, sort_keys=True)}
             )
 
+    def digest(self) -> str:
+        """A hash of all the numbers. The fingerprint of the data does not tell in which dtype they were computed."""
+        digest = hashlib.sha256()
+        for name, layer in self.layers.items():
+            tensors = layer.counts | {key: total.limbs for key, total in layer.sums.items()}
+            for key, tensor in sorted(tensors.items()):
+                digest.update(f"{name}/{key} {list(tensor.shape)}".encode())
+                digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
     @classmethod
     def load(cls, path: Path) -> Stats:
         """Raises InputError: not a Stats file, damaged, or of another version."""
