@@ -36,6 +36,8 @@ def prune(
     evaluation_data: list[str] = EVALUATION_DATA,
     method: str = DEFAULT,
     ratio: float = 0.5,
+    parameters_ratio: float = 0.0,
+    size: str = "",
     method_options: dict = NO_OPTIONS,
     baselines: list[str] = HELD_AGAINST,
     text_field: str = "text",
@@ -63,9 +65,12 @@ def prune(
             comma, star and percent sign in a name.
         evaluation_data: Held-out texts to measure on, as a JSON list of such addresses, that of the domain first.
         method: How to choose the experts that stay: c-prune, frequency or random.
-        ratio: Fraction of the routed experts to remove, at least 0 and below 1.
+        ratio: Fraction of the routed experts to remove, at least 0 and below 1. The next two, where given, take its
+            place.
+        parameters_ratio: Fraction of all parameters to remove, at least; 0 where it is not wanted.
+        size: Most bytes that the pruned checkpoint may have, such as 400MB or 12GiB; empty where it is not wanted.
         method_options: Options of the method by name, as a JSON object, for example {"layerwise_share": 1}.
-        baselines: Methods to hold the result against at the same ratio, as a JSON list; [] for none.
+        baselines: Methods to hold the result against, asked for the same, as a JSON list; [] for none.
         text_field: Field of JSONL or Parquet that holds the text.
         block_tokens: Tokens per block; texts are joined and cut into blocks.
         calibration_blocks: Blocks to calibrate on at most.
@@ -117,6 +122,8 @@ def prune(
         clusters=clusters,
         method=method,
         ratio=ratio,
+        parameters_ratio=parameters_ratio,
+        size=size,
         method_options=method_options,
         baselines=baselines,
         trust_remote_code=trust_remote_code,

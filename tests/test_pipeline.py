@@ -225,7 +225,7 @@ class TestComponents:
 
     @pytest.mark.parametrize("baselines", [["frequency", "random"], []])
     def test_global_prune(self, called: Callable[..., list[dict[str, Any]]], baselines: list[str]) -> None:
-        made = SimpleNamespace(plan=SimpleNamespace(experts_per_layer={"a": 3, "b": 5}), parameters=7)
+        made = SimpleNamespace(plan=SimpleNamespace(experts_per_layer={"a": 3, "b": 5}, ratio=0.3), parameters=7)
         calls = called("prune", made)
         stats, clusters, plan, pruned, beside = map(Artifact, ("stats", "clusters", "plan", "pruned", "beside"))
         global_prune.python_func(
@@ -246,6 +246,8 @@ class TestComponents:
             "model": "M",
             "method": "m",
             "ratio": 0.3,
+            "parameters_ratio": 0.0,
+            "size": "",
             "stats": stats.path,
             "plan_out": plan.path,
             "model_out": pruned.path,

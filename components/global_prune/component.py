@@ -13,6 +13,8 @@ def global_prune(
     baseline_models: dsl.Output[dsl.Artifact],
     method: str = "c-prune",
     ratio: float = 0.5,
+    parameters_ratio: float = 0.0,
+    size: str = "",
     method_options: dict = {},  # noqa: B006 (Kubeflow's way to say the default; never written to)
     baselines: list[str] = [],  # noqa: B006
     trust_remote_code: bool = False,
@@ -24,10 +26,13 @@ def global_prune(
         stats: What its experts do, from calibrate.
         clusters: Which experts are alike, from cluster.
         method: How to choose: c-prune, frequency, random; `moeprune methods` lists them all with their options.
-        ratio: Fraction of the routed experts to remove, at least 0 and below 1.
+        ratio: Fraction of the routed experts to remove, at least 0 and below 1. The next two, where given, take its
+            place.
+        parameters_ratio: Fraction of all parameters to remove, at least; 0 where it is not wanted.
+        size: Most bytes that the pruned checkpoint may have, such as 400MB or 12GiB; empty where it is not wanted.
         method_options: Options of the method by name, as a JSON object, for example {"layerwise_share": 1}.
-        baselines: Methods to hold the result against, as a JSON list. Each prunes the same model at the same ratio,
-            with its default options.
+        baselines: Methods to hold the result against, as a JSON list. Each prunes the same model for the same
+            ratio or size, with its default options.
         trust_remote_code: Run modelling code that the model brings along.
 
     Returns:
@@ -40,10 +45,12 @@ def global_prune(
     made = step.prune(
         model,
         method,
-        ratio,
+        None if parameters_ratio or size else ratio,
         stats.path,
         plan.path,
         pruned.path,
+        parameters_ratio=parameters_ratio,
+        size=size,
         clusters=clusters.path,
         options=method_options,
         baselines=baselines,
@@ -51,7 +58,7 @@ def global_prune(
         trust_remote_code=trust_remote_code,
     )
     kept = made.plan.experts_per_layer.values()
-    facts = {"method": method, "ratio": ratio, "fewest_experts": min(kept), "most_experts": max(kept)}
+    facts = {"method": method, "ratio": made.plan.ratio, "fewest_experts": min(kept), "most_experts": max(kept)}
     plan.metadata.update(facts)
     pruned.metadata.update(facts, framework="transformers", parameters=made.parameters)
-    baseline_models.metadata.update(methods=", ".join(baselines), ratio=ratio)
+    baseline_models.metadata.update(methods=", ".join(baselines), ratio=made.plan.ratio)

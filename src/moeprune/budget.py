@@ -20,6 +20,8 @@ from moeprune.plan import LayerPlan, Plan
 from moeprune.statistics import LayerStats, Stats
 from moeprune.streaming.room import parse_bytes
 
+_WITH_THE_PLAN = 1.01  # the checkpoint carries it, and how long it is depends on the method
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -37,18 +39,19 @@ class Budget:
 
     @classmethod
     def of(cls, ratio: float | None, parameters_ratio: float | None, size: str | None) -> Self:
-        """As a user gives it, a size as `parse_bytes` reads it.
+        """As a user gives it, a size as `parse_bytes` reads it. Neither an empty one nor 0 of the parameters is given.
 
         Raises:
             InputError: none or several are given, or one is out of range.
         """
-        given = {"ratio": ratio is not None, "parameters-ratio": parameters_ratio is not None, "size": bool(size)}
+        given = {"--ratio": ratio is not None, "--parameters-ratio": bool(parameters_ratio), "--size": bool(size)}
         if sum(given.values()) != 1:
-            named = " and ".join(f"--{name}" for name, is_given in given.items() if is_given) or "nothing"
+            named = " and ".join(name for name, is_given in given.items() if is_given) or "none"
+            raise InputError(f"how much goes is said by one of {', '.join(given)}; {named} of them given")
         for share in (ratio, parameters_ratio):
             if share is not None:
                 check_ratio(share)
-        return cls(ratio, parameters_ratio, parse_bytes(size) if size else None)
+        return cls(ratio, parameters_ratio or None, parse_bytes(size) if size else None)
 
     def __str__(self) -> str:
         if self.size is not None:
@@ -67,28 +70,39 @@ class Budget:
     def nearest(self, made: Foreseen, original: Checkpoint) -> str:
         """What the user would have to ask for, instead, to get this, in words."""
         if self.size is not None:
-            return f"--size {_in_units(made.bytes)}"
+            return f"--size {_in_units(ceil(made.bytes * _WITH_THE_PLAN))}"
         share = floor((1 - made.parameters / original.files.parameters) * 10_000) / 10_000
         return f"--parameters-ratio {share:g}"
 
 
-def plan_within(budget: Budget, decide: Callable[[float], Plan], method: str, stats: Stats, source: Checkpoint) -> Plan:
+def plan_for(
+    budget: Budget, decide: Callable[[float], Plan], method: str, stats: Stats, source: Checkpoint | None
+) -> Plan:
     """A Plan that keeps the promise, and removes as little more than that takes as the method's steps allow.
 
     Args:
-        decide: from the ratio of routed experts to remove to a Plan.
+        decide: from a ratio to a Plan.
         method: its name.
         stats: that it decides on.
-        source: the model.
+        source: the model; for a ratio it is not needed.
 
     Raises:
-        InputError: no allocation keeps it (the sentence says which promise can be kept), the method removes something
-            else than experts, or the model is not that of the Stats.
+        InputError: no allocation keeps the promise (the sentence says which can be kept), the method removes something
+            else than experts, or the model is not given or not that of the Stats.
     """
+    if budget.ratio is not None:
+        return decide(budget.ratio)
     check_method(method)
+    if source is None:
+        raise InputError("how much a parameter or a byte is, the model says: give it, `--model M`")
     if stats.model != source.fingerprint:
         raise InputError(f"the Stats were not made from {source.files.address}; give the model that was calibrated")
-    layers = stats.layers
+    return _plan_within(budget, decide, method, stats.layers, source)
+
+
+def _plan_within(
+    budget: Budget, decide: Callable[[float], Plan], method: str, layers: Mapping[str, LayerStats], source: Checkpoint
+) -> Plan:
     check_reachable(budget, layers, source)
     total = sum(layer.experts for layer in layers.values())
     most = total - sum(map(_least, layers.values()))

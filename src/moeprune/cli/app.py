@@ -41,7 +41,17 @@ TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="run modelling code that the model brings along")
 ]
 RatioOption = Annotated[
-    float, typer.Option("--ratio", help="fraction of the routed experts to remove, at least 0 and below 1")
+    float | None, typer.Option("--ratio", help="fraction of the routed experts to remove, at least 0 and below 1")
+]
+ParametersRatioOption = Annotated[
+    float | None,
+    typer.Option("--parameters-ratio", help="instead of --ratio: fraction of all parameters to remove, at least"),
+]
+SizeOption = Annotated[
+    str,
+    typer.Option(
+        "--size", metavar="SIZE", help="instead of --ratio: most bytes of the pruned checkpoint, such as 400MB or 12GiB"
+    ),
 ]
 MethodOption = Annotated[
     str, typer.Option("--method", help="; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()))

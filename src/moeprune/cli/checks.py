@@ -7,11 +7,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moeprune import places
+from moeprune.budget import Budget, check_method, check_reachable
 from moeprune.builtin import corpus
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.errors import InputError
-from moeprune.methods import check_ratio, check_room, find, parse_options
+from moeprune.methods import check_room, find, parse_options
 from moeprune.sources import format_sources, mixture_name, parse_sources
+from moeprune.statistics import LayerStats
 from moeprune.steps.machine import dtype_named, quieten
 from moeprune.streaming.room import parse_bytes
 from moeprune.texts import check_sequences, read_blocks
@@ -40,10 +42,12 @@ def evaluation_texts(given: str, data: str) -> list[str]:
 def check_run(arguments: dict[str, Any]) -> None:
     """Check the arguments of the pipeline, and what lies at addresses on this machine. Raises InputError."""
     method = find(arguments["method"])
-    check_ratio(arguments["ratio"])
+    budget = _budget(arguments)
     parse_options(method, arguments["method_options"])
-    for baseline in arguments["baselines"]:
-        find(baseline)
+    for name in [arguments["method"], *arguments["baselines"]]:
+        find(name)
+        if budget.ratio is None:
+            check_method(name)
     dtype_named(arguments["calibration_dtype"])
     if arguments["calibration_memory_limit"]:
         parse_bytes(arguments["calibration_memory_limit"])
@@ -56,14 +60,27 @@ def check_run(arguments: dict[str, Any]) -> None:
         _check_model_and_texts(arguments)
 
 
+def _budget(arguments: dict[str, Any]) -> Budget:
+    other = arguments["parameters_ratio"] or arguments["size"]
+    return Budget.of(None if other else arguments["ratio"], arguments["parameters_ratio"], arguments["size"])
+
+
 def _check_model_and_texts(arguments: dict[str, Any]) -> None:
     quieten()
     with places.local_model(arguments["model"]) as directory:
         checkpoint = Checkpoint(directory, arguments["trust_remote_code"])
         top_k = getattr(checkpoint.config.get_text_config(), "num_experts_per_tok", None)
-        for name, layer in checkpoint.layout.layers.items():
-            if top_k:  # a model that calls it otherwise is checked where it is pruned
-                check_room(arguments["ratio"], name, layer.experts, top_k, checkpoint.layout.groups)
+        if top_k:  # a model that calls it otherwise is checked where it is pruned
+            groups, budget = checkpoint.layout.groups, _budget(arguments)
+            layers = {
+                name: LayerStats(layer.experts, top_k, groups=groups)
+                for name, layer in checkpoint.layout.layers.items()
+            }
+            if budget.ratio is None:
+                check_reachable(budget, layers, checkpoint)
+            else:
+                for name, layer in layers.items():
+                    check_room(budget.ratio, name, layer.experts, top_k, groups)
         tokenizer = checkpoint.tokenizer()
     block_tokens, text_field = arguments["block_tokens"], arguments["text_field"]
     for mixture in [arguments["data"], *arguments["evaluation_data"]]:

@@ -14,6 +14,7 @@ import typer
 
 from moeprune import tracking
 from moeprune.atomic import write_beside
+from moeprune.budget import Budget
 from moeprune.cli.app import (
     DTYPE_HELP,
     SEQUENCES_HELP,
@@ -22,8 +23,10 @@ from moeprune.cli.app import (
     FieldOption,
     MethodOption,
     ModelOption,
+    ParametersRatioOption,
     RatioOption,
     SettingOption,
+    SizeOption,
     TrustOption,
     app,
     parse_settings,
@@ -37,6 +40,8 @@ from moeprune.methods import BASELINES, DEFAULT
 from moeprune.places import REFERENCE_MODEL
 from moeprune.services import MLFLOW_PORT, S3_PORT, Services, running, session
 from moeprune.sources import with_addresses
+
+RATIO = 0.5  # where nothing is said of how much is to go
 
 
 @app.command()
@@ -52,7 +57,9 @@ def run(
         ),
     ] = "",
     method: MethodOption = DEFAULT,
-    ratio: RatioOption = 0.5,
+    ratio: RatioOption = None,
+    parameters_ratio: ParametersRatioOption = None,
+    size: SizeOption = "",
     method_options: SettingOption = None,
     baselines: Annotated[
         str,
@@ -95,12 +102,16 @@ def run(
     _require_kubeflow()
     from moeprune.cli.checks import check_run, evaluation_texts
 
+    if ratio is not None or parameters_ratio or size:
+        Budget.of(ratio, parameters_ratio, size)  # refuses more than one; the pipeline's ratio gives way to the others
     arguments = {
         "model": _absolute(model),
         "data": with_addresses(data, _absolute),
         "evaluation_data": [with_addresses(text, _absolute) for text in evaluation_texts(evaluation_data, data)],
         "method": method,
-        "ratio": ratio,
+        "ratio": RATIO if ratio is None else ratio,
+        "parameters_ratio": parameters_ratio or 0.0,
+        "size": size,
         "method_options": parse_settings(method_options),
         "baselines": list(dict.fromkeys(name.strip() for name in baselines.split(",") if name.strip())),
         "text_field": text_field,
@@ -118,7 +129,8 @@ def run(
         "trust_remote_code": trust_remote_code,
     }
     check_run(arguments)
-    name = f"{method}-{ratio:g}-{time.strftime('%Y%m%d-%H%M%S')}"
+    asked = size or f"{parameters_ratio or arguments['ratio']:g}"
+    name = f"{method}-{asked}-{time.strftime('%Y%m%d-%H%M%S')}"
     with Screen() as screen:
         screen.started("services")
         with session(services_in(state), mlflow_port, s3_port) as services, _environment(services):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from moeprune import places, tracking
 from moeprune.atomic import build_beside
+from moeprune.budget import Budget, plan_for
 from moeprune.checkpoint import surgery
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.shards import SHARD_BYTES
 from moeprune.clusters import Clusters
-from moeprune.methods import check_ratio, find, make_plan, parse_options
+from moeprune.methods import find, make_plan, parse_options
 from moeprune.plan import Plan
 from moeprune.progress import progress
 from moeprune.sources import mixture_name
@@ -33,16 +34,27 @@ class Applied:
 
 def plan(
     method: str,
-    ratio: float,
+    ratio: float | None,
     stats: str,
     out: str,
     *,
+    parameters_ratio: float | None = None,
+    size: str | None = None,
+    model: str | None = None,
     clusters: str | None = None,
     options: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
-    """Decide which experts stay and put the Plan at `out`. See `methods.make_plan`."""
-    with tracking.step("plan", _params(method, ratio, options)) as run:
-        return _plan(run, method, ratio, stats, out, clusters, options)
+    """Decide which experts stay and put the Plan at `out`. See `methods.make_plan`.
+
+    Args:
+        ratio, parameters_ratio, size: how much goes, by one of them (`budget.Budget`).
+        model: the original; by its headers, all but a ratio of experts become such a ratio.
+    """
+    budget = Budget.of(ratio, parameters_ratio, size)
+    with tracking.step("plan", _params(method, budget, options)) as run, ExitStack() as stack:
+        source = stack.enter_context(_streamed(model, trust_remote_code)) if model else None
+        return _plan(run, method, budget, stats, out, clusters, options, source)
 
 
 def apply(
@@ -56,11 +68,13 @@ def apply(
 def prune(
     model: str,
     method: str,
-    ratio: float,
+    ratio: float | None,
     stats: str,
     plan_out: str,
     model_out: str,
     *,
+    parameters_ratio: float | None = None,
+    size: str | None = None,
     clusters: str | None = None,
     options: dict[str, Any] | None = None,
     baselines: Sequence[str] = (),
@@ -70,38 +84,41 @@ def prune(
     """`plan` and `apply` as one tracked step, and the same by other methods, to hold the result against.
 
     Args:
-        baselines: methods, each with its default options and at the same ratio.
+        ratio, parameters_ratio, size: how much goes, by one of them (`budget.Budget`).
+        baselines: methods, each with its default options and asked for the same.
         baselines_out: a directory with a Plan and a checkpoint per baseline, named by its method; made for none, too.
     """
-    params = {"model": model} | _params(method, ratio, options) | {"baselines": ", ".join(baselines)}
+    budget = Budget.of(ratio, parameters_ratio, size)
+    params = {"model": model} | _params(method, budget, options) | {"baselines": ", ".join(baselines)}
     for baseline in baselines:
         find(baseline)
     with tracking.step("prune", params) as run, _streamed(model, trust_remote_code) as source:
-        _plan(run, method, ratio, stats, plan_out, clusters, options)
+        _plan(run, method, budget, stats, plan_out, clusters, options, source)
         made = _apply(run, source, plan_out, model_out, SHARD_BYTES)
         if baselines_out:
             with places.output(baselines_out) as path, build_beside(path) as beside:
                 for baseline in dict.fromkeys(baselines):
                     plan_path = beside / f"{baseline}.json"
-                    _plan(TrackedRun(), baseline, ratio, stats, str(plan_path), clusters, None)
+                    _plan(TrackedRun(), baseline, budget, stats, str(plan_path), clusters, None, source)
                     run.text(plan_path.read_text(), f"baselines/{baseline}.json")
                     _apply(TrackedRun(), source, str(plan_path), str(beside / baseline), SHARD_BYTES, baseline)
         return made
 
 
-def _params(method: str, ratio: float, options: dict[str, Any] | None) -> dict[str, Any]:
-    check_ratio(ratio)
-    return {"method": method, "ratio": ratio} | parse_options(find(method), options or {}).model_dump()
+def _params(method: str, budget: Budget, options: dict[str, Any] | None) -> dict[str, Any]:
+    asked = {name: value for name, value in asdict(budget).items() if value is not None}
+    return {"method": method} | asked | parse_options(find(method), options or {}).model_dump()
 
 
 def _plan(
     run: TrackedRun,
     method: str,
-    ratio: float,
+    budget: Budget,
     stats: str,
     out: str,
     clusters: str | None,
     options: dict[str, Any] | None,
+    source: Checkpoint | None,
 ) -> Plan:
     with places.output(out) as path, places.local_file(stats) as stats_path:
         loaded_clusters = None
@@ -109,7 +126,11 @@ def _plan(
             with places.local_file(clusters) as clusters_path:
                 loaded_clusters = Clusters.load(clusters_path)
         evidence = Stats.load(stats_path)
-        decided = make_plan(method, ratio, evidence, loaded_clusters, options)
+
+        def decide(ratio: float) -> Plan:
+            return make_plan(method, ratio, evidence, loaded_clusters, options)
+
+        decided = plan_for(budget, decide, method, evidence, source)
         decided.save(path)
         for tracked in _own_and_pipelines(run):
             tracked.text(decided.to_json(), "plan.json")
