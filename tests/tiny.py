@@ -166,6 +166,21 @@ def plan_for(names: list[str], keep: list[list[int]], fingerprint: str, experts:
     return Plan(method="by hand", options={}, ratio=0.5, model=fingerprint, data="0" * 32, layers=layers)
 
 
+def _inside_sums(routed_E: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    """What calibration could have seen inside experts that are used so often."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, experts = 16, len(routed_E)
+    output_ETH = torch.randn(experts, tokens, 4, generator=generator)  # as if each token of an expert were one of these
+    gated_EN = output_ETH.flatten(1) * routed_E[:, None].sqrt()
+    per_token_E = routed_E / tokens
+    return {
+        "gated_norm": output_ETH.norm(dim=-1).sum(1) * per_token_E / 2,
+        "output": output_ETH.sum(1) * per_token_E[:, None],
+        "output_square": output_ETH.square().sum((1, 2)) * per_token_E,
+        "overlap": gated_EN @ gated_EN.T / tokens,
+    }
+
+
 def make_stats(
     routed_LE: Sequence[Sequence[int]],
     probes_LGEH: torch.Tensor | None = None,
@@ -185,14 +200,15 @@ def make_stats(
     layers = {}
     for place, (routed_E, probes_GEH) in enumerate(zip(routed_LE, probes_LGEH, strict=True)):
         routed = torch.tensor(routed_E, dtype=torch.int64)
-        probes = ExactSum.zeros(*probes_GEH.shape).add_(probes_GEH)
         layers[name.format(place)] = LayerStats(
             experts,
             top_k,
             counts={"routed_tokens": routed},
             sums={
-                "gate": ExactSum.zeros(experts).add_(routed / 2),
-                "probe_output": probes,
+                statistic: ExactSum.zeros(*value.shape).add_(value)
+                for statistic, value in (
+                    _inside_sums(routed, place) | {"gate": routed / 2, "probe_output": probes_GEH}
+                ).items()
             },
         )
     blocks = sum(blocks_per_group)

@@ -9,13 +9,15 @@ from pydantic import ValidationError
 
 from moeprune.clusters import Clusters, make_clusters
 from moeprune.errors import InputError
-from moeprune.methods import c_prune, frequency, random
+from moeprune.methods import c_prune, contribution, frequency, hc_smoe, naee, random, reap
 from moeprune.methods.base import Evidence, Method, Trial, count_of
 from moeprune.plan import Plan
 from moeprune.router_groups import RouterGroups
 from moeprune.statistics import Stats
 
-METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (c_prune, frequency, random)}
+METHODS: dict[str, Method] = {
+    module.METHOD.name: module.METHOD for module in (c_prune, reap, contribution, naee, hc_smoe, frequency, random)
+}
 DEFAULT = "c-prune"
 BASELINES = ("frequency", "random")  # what a result is held against where nothing else is said
 
