@@ -47,6 +47,7 @@ def prune(
     calibration_shards: int = 1,
     calibration_dtype: str = "auto",
     calibration_memory_limit: str = "",
+    trial_blocks: int = 8,
     distillation_blocks: int = 384,
     evaluation_blocks: int = 32,
     learning_rate: float = 1e-3,
@@ -82,6 +83,7 @@ def prune(
             CPU).
         calibration_memory_limit: A size such as 16GiB that calibrating stays below, whatever the model's: layers are
             brought in one at a time. Empty: the whole model is loaded.
+        trial_blocks: Blocks to try decisions on at most, where the method does that (cd-moe).
         distillation_blocks: Blocks to recover on at most.
         evaluation_blocks: Blocks of each held-out text to measure on at most.
         learning_rate: Of the recovery, its peak.
@@ -126,7 +128,9 @@ def prune(
         size=size,
         method_options=method_options,
         baselines=baselines,
-        trust_remote_code=trust_remote_code,
+        data=data,
+        trial_blocks=trial_blocks,
+        **texts,
     )
     recovered = distill(
         teacher=model,

@@ -21,6 +21,7 @@ import yaml  # type: ignore[import-untyped]  # kfp brings it
 from kfp import components
 
 from moeprune import places
+from moeprune.cli.run import RATIO
 from moeprune.cli.run import run as run_command
 from moeprune.components.calibrate import calibrate
 from moeprune.components.cluster import cluster
@@ -135,6 +136,9 @@ class TestTheCommandLine:
                     assert default == ""
                 case "method_options":
                     assert (default or {}) == spec.default
+                case "ratio":  # not given, that one may say it otherwise is seen
+                    assert default is None
+                    assert spec.default == RATIO
                 case "baselines":
                     assert default.split(",") == spec.default
                 case _:
@@ -235,15 +239,23 @@ class TestComponents:
             plan=plan,
             pruned=pruned,
             baseline_models=beside,
+            data="D",
             method="m",
             ratio=0.3,
             method_options={"a": 1},
             baselines=baselines,
+            text_field="t",
+            block_tokens=9,
+            trial_blocks=3,
             trust_remote_code=True,
         )
         (call,) = calls
         assert call == {
             "model": "M",
+            "data": "D",
+            "text_field": "t",
+            "block_tokens": 9,
+            "trial_blocks": 3,
             "method": "m",
             "ratio": 0.3,
             "parameters_ratio": 0.0,

@@ -11,12 +11,16 @@ def global_prune(
     plan: dsl.Output[dsl.Artifact],
     pruned: dsl.Output[dsl.Model],
     baseline_models: dsl.Output[dsl.Artifact],
+    data: str,
     method: str = "c-prune",
     ratio: float = 0.5,
     parameters_ratio: float = 0.0,
     size: str = "",
     method_options: dict = {},  # noqa: B006 (Kubeflow's way to say the default; never written to)
     baselines: list[str] = [],  # noqa: B006
+    text_field: str = "text",
+    block_tokens: int = 256,
+    trial_blocks: int = 8,
     trust_remote_code: bool = False,
 ) -> None:
     """Decide which experts of which layers stay, and write the model without the others.
@@ -25,6 +29,7 @@ def global_prune(
         model: The original model, as given to calibrate.
         stats: What its experts do, from calibrate.
         clusters: Which experts are alike, from cluster.
+        data: Text of the domain, as for calibrate; read where a method tries what it decides.
         method: How to choose: c-prune, frequency, random; `moeprune methods` lists them all with their options.
         ratio: Fraction of the routed experts to remove, at least 0 and below 1. The next two, where given, take its
             place.
@@ -33,6 +38,9 @@ def global_prune(
         method_options: Options of the method by name, as a JSON object, for example {"layerwise_share": 1}.
         baselines: Methods to hold the result against, as a JSON list. Each prunes the same model for the same
             ratio or size, with its default options.
+        text_field: Field of JSONL or Parquet that holds the text.
+        block_tokens: Tokens per block.
+        trial_blocks: Blocks to read at most.
         trust_remote_code: Run modelling code that the model brings along.
 
     Returns:
@@ -49,6 +57,10 @@ def global_prune(
         stats.path,
         plan.path,
         pruned.path,
+        data=data,
+        text_field=text_field,
+        block_tokens=block_tokens,
+        trial_blocks=trial_blocks,
         parameters_ratio=parameters_ratio,
         size=size,
         clusters=clusters.path,
@@ -57,8 +69,8 @@ def global_prune(
         baselines_out=baseline_models.path,
         trust_remote_code=trust_remote_code,
     )
-    kept = made.plan.experts_per_layer.values()
-    facts = {"method": method, "ratio": made.plan.ratio, "fewest_experts": min(kept), "most_experts": max(kept)}
+    kept = sorted(made.plan.experts_per_layer.values()) or [0]
+    facts = {"method": method, "ratio": made.plan.ratio, "fewest_experts": kept[0], "most_experts": kept[-1]}
     plan.metadata.update(facts)
     pruned.metadata.update(facts, framework="transformers", parameters=made.parameters)
     baseline_models.metadata.update(methods=", ".join(baselines), ratio=made.plan.ratio)

@@ -30,6 +30,7 @@ class LayerPlan(BaseModel):
         constant: of those that go, the ones that the router may still choose; in their place stands their mean output.
         condensed: where the layer loses its router: the experts that run for every token, and what each is multiplied
             by. They are those in `keep`, and may be fewer than `top_k`.
+        shared_scale: where it does, what the shared experts' output is multiplied by.
         scores: what each expert was worth to the method, where it has such a number; only for people to look at.
     """
 
@@ -42,6 +43,7 @@ class LayerPlan(BaseModel):
     merged_router: bool = False
     constant: list[int] = []
     condensed: dict[int, float] | None = None
+    shared_scale: float = 1.0
     scores: list[float] | None = None
 
     @model_validator(mode="after")
@@ -52,6 +54,8 @@ class LayerPlan(BaseModel):
             raise ValueError(f"{len(self.keep)} experts would stay, but {self.top_k} run for each token")
         if self.condensed is not None and (self.keep != sorted(self.condensed) or self.merged or self.constant):
             raise ValueError("a condensed layer keeps the experts of `condensed`, and merges or replaces none")
+        if self.condensed is None and self.shared_scale != 1:
+            raise ValueError("`shared_scale` is of a condensed layer")
         if not self.merged.keys() <= set(self.keep):
             raise ValueError("`merged` names experts that do not stay")
         if any(not 0 <= member < self.experts for weights in self.merged.values() for member in weights):
@@ -146,18 +150,29 @@ class Plan(BaseModel):
         return {name: layer.keep for name, layer in self.layers.items()}
 
     @property
+    def condensed(self) -> dict[str, LayerPlan]:
+        """The layers that lose their router."""
+        return {name: layer for name, layer in self.layers.items() if layer.condensed is not None}
+
+    @property
     def experts_per_layer(self) -> dict[str, int]:
-        return {name: len(layer.keep) for name, layer in self.layers.items()}
+        """Of the layers that still have a router."""
+        return {name: len(layer.keep) for name, layer in self.layers.items() if layer.condensed is None}
 
     @property
     def is_uniform(self) -> bool:
-        return len(set(self.experts_per_layer.values())) == 1
+        return len(set(self.experts_per_layer.values())) <= 1
+
+    @property
+    def needs_code(self) -> bool:
+        """Whether what it makes is of no architecture that transformers has."""
+        return not self.is_uniform or any(layer.constant for layer in self.layers.values())
 
     @property
     def removed(self) -> float:
         """The fraction of routed experts that really goes."""
         total = sum(layer.experts for layer in self.layers.values())
-        return 1 - sum(self.experts_per_layer.values()) / total
+        return 1 - sum(map(len, self.keep.values())) / total
 
     @property
     def takes_stats(self) -> bool:

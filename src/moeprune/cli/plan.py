@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from moeprune.cli.app import (
+    BlockOption,
+    FieldOption,
     MethodOption,
     ParametersRatioOption,
     RatioOption,
@@ -33,12 +35,22 @@ def make(
     stats: StatsOption,
     out: Annotated[str, typer.Option(metavar="FILE", help="where to write the Plan (JSON)")],
     ratio: RatioOption = None,
-    parameters_ratio: ParametersRatioOption = None,
+    parameters_ratio: ParametersRatioOption = 0.0,
     size: SizeOption = "",
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="the original model; needed for --parameters-ratio and --size"),
+        typer.Option(
+            metavar="MODEL",
+            help="the original model; needed for --parameters-ratio, --size and a method that tries what it decides",
+        ),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="text to try it on, for such a method: that of the calibration"),
+    ] = None,
+    text_field: FieldOption = "text",
+    block_tokens: BlockOption = 256,
+    max_blocks: Annotated[int, typer.Option(min=1, help="blocks of that text at most")] = 8,
     clusters: Annotated[
         str | None, typer.Option(metavar="FILE", help="Clusters; made on the way where not given")
     ] = None,
@@ -56,9 +68,15 @@ def make(
         parameters_ratio=parameters_ratio,
         size=size,
         model=model,
+        data=data,
+        text_field=text_field,
+        block_tokens=block_tokens,
+        trial_blocks=max_blocks,
         clusters=clusters,
         options=parse_settings(settings),
         trust_remote_code=trust_remote_code,
     )
-    counts = decided.experts_per_layer.values()
-    console.print(f"{out}: removes {decided.removed:.1%} of the experts; layers keep {min(counts)} to {max(counts)}")
+    counts = sorted(decided.experts_per_layer.values())
+    keep = f"; layers keep {counts[0]} to {counts[-1]}" if counts else ""
+    condensed = f"; {len(decided.condensed)} layers are condensed" if decided.condensed else ""
+    console.print(f"{out}: removes {decided.removed:.1%} of the experts{keep}{condensed}")

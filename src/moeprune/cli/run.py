@@ -41,7 +41,7 @@ from moeprune.places import REFERENCE_MODEL
 from moeprune.services import MLFLOW_PORT, S3_PORT, Services, running, session
 from moeprune.sources import with_addresses
 
-RATIO = 0.5  # where nothing is said of how much is to go
+RATIO = 0.5  # where nothing is said of how much goes
 
 
 @app.command()
@@ -58,7 +58,7 @@ def run(
     ] = "",
     method: MethodOption = DEFAULT,
     ratio: RatioOption = None,
-    parameters_ratio: ParametersRatioOption = None,
+    parameters_ratio: ParametersRatioOption = 0.0,
     size: SizeOption = "",
     method_options: SettingOption = None,
     baselines: Annotated[
@@ -76,6 +76,7 @@ def run(
     calibration_memory_limit: Annotated[
         str, typer.Option(metavar="SIZE", help="calibrate below SIZE, for example 2GiB, a layer at a time")
     ] = "",
+    trial_blocks: Annotated[int, typer.Option(min=1, help="blocks to try decisions on at most (cd-moe)")] = 8,
     distillation_blocks: Annotated[int, typer.Option(min=1, help="blocks to recover on at most")] = 384,
     evaluation_blocks: Annotated[
         int, typer.Option(min=1, help="blocks of each held-out text to measure on at most")
@@ -110,7 +111,7 @@ def run(
         "evaluation_data": [with_addresses(text, _absolute) for text in evaluation_texts(evaluation_data, data)],
         "method": method,
         "ratio": RATIO if ratio is None else ratio,
-        "parameters_ratio": parameters_ratio or 0.0,
+        "parameters_ratio": parameters_ratio,
         "size": size,
         "method_options": parse_settings(method_options),
         "baselines": list(dict.fromkeys(name.strip() for name in baselines.split(",") if name.strip())),
@@ -121,6 +122,7 @@ def run(
         "calibration_shards": calibration_shards,
         "calibration_dtype": calibration_dtype,
         "calibration_memory_limit": calibration_memory_limit,
+        "trial_blocks": trial_blocks,
         "distillation_blocks": distillation_blocks,
         "evaluation_blocks": evaluation_blocks,
         "learning_rate": learning_rate,

@@ -20,6 +20,7 @@ from moeprune.plan import Plan
 from moeprune.progress import progress
 from moeprune.sources import mixture_name
 from moeprune.statistics import Stats
+from moeprune.steps.trial import BLOCKS, LoadTrial, trials
 from moeprune.tracking import TrackedRun
 
 
@@ -41,6 +42,10 @@ def plan(
     parameters_ratio: float | None = None,
     size: str | None = None,
     model: str | None = None,
+    data: str | None = None,
+    text_field: str = "text",
+    block_tokens: int = 256,
+    trial_blocks: int = BLOCKS,
     clusters: str | None = None,
     options: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
@@ -49,12 +54,26 @@ def plan(
 
     Args:
         ratio, parameters_ratio, size: how much goes, by one of them (`budget.Budget`).
-        model: the original; by its headers, all but a ratio of experts become such a ratio.
+        model: the original; by its headers, all but a ratio of experts become such a ratio. A method that tries what it
+            decides loads it.
+        data, text_field, block_tokens, trial_blocks: the text that such a method tries it on (`texts.read_blocks`).
     """
     budget = Budget.of(ratio, parameters_ratio, size)
     with tracking.step("plan", _params(method, budget, options)) as run, ExitStack() as stack:
         source = stack.enter_context(_streamed(model, trust_remote_code)) if model else None
-        return _plan(run, method, budget, stats, out, clusters, options, source)
+        trial = None
+        if model and data:
+            trial = stack.enter_context(
+                trials(
+                    model,
+                    data,
+                    text_field=text_field,
+                    block_tokens=block_tokens,
+                    max_blocks=trial_blocks,
+                    trust_remote_code=trust_remote_code,
+                )
+            )
+        return _plan(run, method, budget, stats, out, clusters, options, source, trial)
 
 
 def apply(
@@ -73,6 +92,10 @@ def prune(
     plan_out: str,
     model_out: str,
     *,
+    data: str,
+    text_field: str = "text",
+    block_tokens: int = 256,
+    trial_blocks: int = BLOCKS,
     parameters_ratio: float | None = None,
     size: str | None = None,
     clusters: str | None = None,
@@ -84,6 +107,7 @@ def prune(
     """`plan` and `apply` as one tracked step, and the same by other methods, to hold the result against.
 
     Args:
+        data, text_field, block_tokens, trial_blocks: the text that a method that tries what it decides tries it on.
         ratio, parameters_ratio, size: how much goes, by one of them (`budget.Budget`).
         baselines: methods, each with its default options and asked for the same.
         baselines_out: a directory with a Plan and a checkpoint per baseline, named by its method; made for none, too.
@@ -92,14 +116,25 @@ def prune(
     params = {"model": model} | _params(method, budget, options) | {"baselines": ", ".join(baselines)}
     for baseline in baselines:
         find(baseline)
-    with tracking.step("prune", params) as run, _streamed(model, trust_remote_code) as source:
-        _plan(run, method, budget, stats, plan_out, clusters, options, source)
+    with (
+        tracking.step("prune", params) as run,
+        _streamed(model, trust_remote_code) as source,
+        trials(
+            model,
+            data,
+            text_field=text_field,
+            block_tokens=block_tokens,
+            max_blocks=trial_blocks,
+            trust_remote_code=trust_remote_code,
+        ) as trial,
+    ):
+        _plan(run, method, budget, stats, plan_out, clusters, options, source, trial)
         made = _apply(run, source, plan_out, model_out, SHARD_BYTES)
         if baselines_out:
             with places.output(baselines_out) as path, build_beside(path) as beside:
                 for baseline in dict.fromkeys(baselines):
                     plan_path = beside / f"{baseline}.json"
-                    _plan(TrackedRun(), baseline, budget, stats, str(plan_path), clusters, None, source)
+                    _plan(TrackedRun(), baseline, budget, stats, str(plan_path), clusters, None, source, trial)
                     run.text(plan_path.read_text(), f"baselines/{baseline}.json")
                     _apply(TrackedRun(), source, str(plan_path), str(beside / baseline), SHARD_BYTES, baseline)
         return made
@@ -119,6 +154,7 @@ def _plan(
     clusters: str | None,
     options: dict[str, Any] | None,
     source: Checkpoint | None,
+    trial: LoadTrial | None,
 ) -> Plan:
     with places.output(out) as path, places.local_file(stats) as stats_path:
         loaded_clusters = None
@@ -128,7 +164,9 @@ def _plan(
         evidence = Stats.load(stats_path)
 
         def decide(ratio: float) -> Plan:
-            return make_plan(method, ratio, evidence, loaded_clusters, options)
+            return make_plan(
+                method, ratio, evidence, loaded_clusters, options, (lambda: trial(evidence)) if trial else None
+            )
 
         decided = plan_for(budget, decide, method, evidence, source)
         decided.save(path)
