@@ -17,12 +17,15 @@ def card(plan: Plan, left_out: Mapping[str, str]) -> str:
     counts = sorted(set(plan.experts_per_layer.values()))
     kept = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     of = max(layer.experts for layer in plan.layers.values())
-    how = (
-        "It loads like any checkpoint of its architecture."
-        if plan.is_uniform
-        else "Layers keep different numbers of experts, so it brings a small modelling file: load it with "
-        "`trust_remote_code=True`."
-    )
+    how = "It loads like any checkpoint of its architecture."
+    if plan.needs_code:
+        why = " and ".join(
+            [
+                *(["layers keep different numbers of experts"] if not plan.is_uniform else []),
+                *(["constants stand in for experts"] if any(layer.constant for layer in plan.layers.values()) else []),
+            ]
+        )
+        how = f"{why.capitalize()}, so it brings a small modelling file: load it with `trust_remote_code=True`."
     options = "".join(f"\n- {name}: {value}" for name, value in sorted(plan.options.items()))
     without = "".join(
         f"\n- left out: {count} tensors of the original ({reason})"

@@ -15,7 +15,7 @@ import torch
 from moeprune.checkpoint.files import CheckpointFiles, TensorEntry
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.pieces import Piece, PlannedTensor, Range, Values, selected, unchanged
-from moeprune.checkpoint.unsupported import quantisation
+from moeprune.checkpoint.unsupported import QUANTISED_MERGED, quantisation, refusal
 from moeprune.errors import InputError
 from moeprune.plan import LayerPlan, Plan
 
@@ -28,10 +28,7 @@ def check(source: Checkpoint, plan: Plan) -> None:
     """Raise InputError where a plan merges experts of a model whose numbers cannot be averaged."""
     merges = any(layer.merged for layer in plan.layers.values())
     if merges and (method := quantisation(source.config)):
-        raise InputError(
-            f"the plan merges experts, but the weights of {source.files.address} are quantised as {method}, and means "
-            "cannot be taken of these; merge the unquantised original and quantise the result"
-        )
+        raise refusal(source.config, QUANTISED_MERGED.format(method=method))
 
 
 def expert_means(layer: LayerPlan) -> list[Mean]:

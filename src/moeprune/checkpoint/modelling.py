@@ -1,9 +1,9 @@
-"""The modelling file that a checkpoint with different numbers of experts per layer carries.
+"""The modelling file that a checkpoint with different numbers of experts per layer, or with constants, carries.
 
 A transformers config has one number of experts for all layers. Where a plan keeps different numbers, the checkpoint
-gets a small file of code (`auto_map`) that makes each layer as a model with that many experts would have it. It imports
-transformers only: moeprune need not be installed where the model is served, but the loader must say
-`trust_remote_code=True`.
+gets a small file of code (`auto_map`) that makes each layer as a model with that many experts would have it. Where it
+puts constants in experts' places, the file adds those to what the experts put out. It imports transformers only:
+moeprune need not be installed where the model is served, but the loader must say `trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 FILE_NAME = "modeling_pruned.py"
 EXPERTS_KEY = "pruned_experts"
 PATH_KEY = "pruned_experts_path"
+CONSTANTS_KEY = "pruned_constants"
+CONSTANTS_NAME = "constant_CH"
 
 _SOURCE = Template('''\
 """$base whose layers have different numbers of experts: config.pruned_experts says how many."""
 
 import copy
 
-from transformers import $base
+${import_torch}from transformers import $base
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 # Transformers converts the names of stored weights for classes of its own, and for those that are registered.
@@ -38,16 +40,20 @@ class Pruned$base($base):
     def __init__(self, config):
         if not isinstance(config, $base.config_class):  # of a model with images or sound, of which this is the text's
             whole, config = config, config.get_text_config()
-            for key in ("pruned_experts", "pruned_experts_path"):
+            for key in [key for key in vars(whole) if key.startswith("pruned_")]:
                 setattr(config, key, getattr(whole, key))
         super().__init__(config)
         self._configs_of_layers = []
         layers = config.pruned_experts
-        for experts in sorted(set(layers.values())):
-            smaller = $base(_with_experts(config, experts))
-            for name in [name for name in layers if layers[name] == experts]:
-                self._take_layer(_subtree(name, layers), smaller, experts)
-        self.post_init()
+        self._take({_subtree(name, layers): experts for name, experts in layers.items()})
+$constants_in_place        self.post_init()
+
+    def _take(self, parts):
+        """Make each part of this model as it is in a model with so many experts."""
+        for experts in sorted(set(parts.values())):
+            smaller = $base(_with_experts(self.config, experts))
+            for part in [part for part in parts if parts[part] == experts]:
+                self._take_layer(part, smaller, experts)
 
     def _take_layer(self, layer, smaller, experts):
         """Make a part of this model as it is in a model with fewer experts: its tensors' shapes, its numbers."""
@@ -93,13 +99,66 @@ def _subtree(name, layers):
     return next(tree for tree in subtrees if not any(other.startswith(tree + ".") for other in others))
 ''')
 
+_CONSTANTS_IN_PLACE = """\
+        rows = {name: layers[name] + len(constants) for name, constants in config.pruned_constants.items()}
+        self._take({_subtree(name, layers): choosable for name, choosable in rows.items()})
+        self._take({name: layers[name] for name in rows})
+        for name, constants in config.pruned_constants.items():
+            _put_constants(self.get_submodule(name), constants, rows[name])
+"""
 
-def source(base_class: str, config_path: tuple[str, ...]) -> str:
-    """The file's text for a stock class such as `Qwen2MoeForCausalLM`."""
+_CONSTANTS = '''
+
+class _WithConstants:
+    """Experts, some of which are constants: what the router gives them is multiplied with their mean outputs."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        experts, constants = self.num_experts, len(self.constant_CH)
+        number_R = torch.tensor(self.number_of_row, device=top_k_index.device)
+        index_TK = top_k_index.to(torch.int64)
+        past_TK = index_TK - constants  # what some routers choose past the last expert stays past the last
+        number_TK = torch.where(index_TK < len(number_R), number_R[index_TK.clamp(max=len(number_R) - 1)], past_TK)
+        constant_TK = number_TK < 0
+        weight_TK = top_k_weights.masked_fill(~constant_TK, 0)
+        gate_TC = weight_TK.new_zeros(len(weight_TK), constants)
+        gate_TC.scatter_add_(1, (-1 - number_TK).clamp(min=0), weight_TK)
+        out_TH = super().forward(
+            hidden_states,
+            number_TK.masked_fill(constant_TK, experts).to(top_k_index.dtype),
+            top_k_weights.masked_fill(constant_TK, 0),
+        )
+        return out_TH + (gate_TC.to(self.constant_CH.dtype) @ self.constant_CH).to(out_TH.dtype)
+
+
+def _put_constants(experts, constants, rows):
+    """Make some rows of the router choose constants; the others choose the experts, in their order."""
+    down = experts.down_proj
+    hidden = down.shape[-1] if experts.is_transposed else down.shape[-2]
+    experts.constant_CH = torch.nn.Parameter(down.new_zeros(len(constants), hidden))
+    left = [row for row in range(rows) if row not in constants]
+    experts.number_of_row = [left.index(row) if row in left else -1 - constants.index(row) for row in range(rows)]
+    experts._is_expert_parallel = True  # so transformers runs nothing for choices past the last expert
+    experts.__class__ = type(type(experts).__name__, (_WithConstants, type(experts)), {})
+'''
+
+
+def source(base_class: str, config_path: tuple[str, ...], *, constants: bool = False) -> str:
+    """The file's text for a stock class such as `Qwen2MoeForCausalLM`.
+
+    Args:
+        constants: whether any layer has constants.
+    """
     path = list(config_path)
     if path[0] not in getattr(transformers, base_class).config_class.sub_configs:  # the class has the text's config
         path = path[-1:]
-    return _SOURCE.substitute(base=base_class, holder=repr(tuple(path[:-1])), key=path[-1])
+    text = _SOURCE.substitute(
+        base=base_class,
+        holder=repr(tuple(path[:-1])),
+        key=path[-1],
+        import_torch="import torch\n" if constants else "",
+        constants_in_place=_CONSTANTS_IN_PLACE if constants else "",
+    )
+    return text + (_CONSTANTS if constants else "")
 
 
 def describe(
@@ -107,10 +166,12 @@ def describe(
     config_path: tuple[str, ...],
     experts_per_layer: dict[str, int],
     quantisation: dict[str, Any] | None,
+    constants: dict[str, list[int]] | None = None,
 ) -> dict[str, Any]:
     """What `config.json` must say for transformers to use the file.
 
     Args:
+        constants: experts module -> the rows of its router that choose constants, where it has any.
         quantisation: what `config.json` says of it. MXFP4 must be undone when it is loaded: the modules that compute
             with it know one number of experts.
     """
@@ -120,6 +181,7 @@ def describe(
         "auto_map": {"AutoModelForCausalLM": f"{FILE_NAME.removesuffix('.py')}.Pruned{base_class}"},
         EXPERTS_KEY: experts_per_layer,
         PATH_KEY: list(config_path),
+        **({CONSTANTS_KEY: constants} if constants else {}),
     }
 
 
@@ -143,4 +205,5 @@ def is_ours(directory: Path) -> bool:
         return False
     if not config_path or not all(part.isidentifier() for part in config_path):
         return False
-    return (directory / FILE_NAME).read_text() == source(base_class, config_path)
+    expected = source(base_class, config_path, constants=bool(config.get(CONSTANTS_KEY)))
+    return (directory / FILE_NAME).read_text() == expected

@@ -11,12 +11,13 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moeprune.checkpoint import merging, modelling
+from moeprune.checkpoint import constants, merging, modelling
 from moeprune.checkpoint.card import card
 from moeprune.checkpoint.expert_tables import renumbered
 from moeprune.checkpoint.files import CheckpointFiles
@@ -77,12 +78,14 @@ def cut(
     target.refuse_if_unusable()
     check_fits(source, plan)
     _check_stats(plan, stats)
+    constants.check(source, plan, stats)
     sparsifier = Sparsifier(source, plan, plan.sparsity, stats) if plan.sparsity else None
     if sparsifier and (unseen := sparsifier.experts_without_tokens):
         say(f"{unseen} experts received no tokens in calibration; their weights are ranked by magnitude alone")
     texts = _texts(source, plan)
     files = source.files
-    shards = plan_shards(_planned(files, source.layout, plan, sparsifier), shard_bytes)
+    tensors = chain(_planned(files, source.layout, plan, sparsifier), constants.planned(source, plan, stats))
+    shards = plan_shards(tensors, shard_bytes)
     made_from = texts["pruning_plan.json"] + (stats.digest() if stats and plan.takes_stats else "")
     job = job_name(files.source, files.shards, shards, made_from)
 
@@ -105,7 +108,8 @@ class Foreseen:
 
 def foresee(source: Checkpoint, plan: Plan) -> Foreseen:
     """What `cut` would write, from headers alone."""
-    shards = plan_shards(_planned(source.files, source.layout, plan), SHARD_BYTES)
+    tensors = chain(_planned(source.files, source.layout, plan), constants.planned(source, plan, None))
+    shards = plan_shards(tensors, SHARD_BYTES)
     texts = _texts(source, plan) | index_of(shards)
     copied = (path.stat().st_size for path in other_files(source.directory) if path.name not in texts)
     written = (len(text.encode()) for text in texts.values())
@@ -168,13 +172,13 @@ def _check_groups(source: Checkpoint, plan: Plan) -> None:
     """Raise InputError where the router first chooses among equal groups of experts, and they would not stay equal."""
     groups = source.layout.groups
     for name, layer in plan.layers.items():
-        kept = groups.of_each(layer.keep, layer.experts)
+        kept = groups.of_each(layer.choosable, layer.experts)
         if len(set(kept)) > 1:
             raise InputError(
                 f"the router of {name} chooses among {groups.count} groups of experts before it chooses experts; "
                 "the plan must keep the same number of each group"
             )
-        if len(layer.keep) < groups.least_kept(layer.top_k):
+        if len(layer.choosable) < groups.least_kept(layer.top_k):
             raise InputError(
                 f"the router of {name} chooses {layer.top_k} experts from {groups.chosen} of {groups.count} groups, in "
                 f"which the plan keeps only {kept[0] * groups.chosen}; keep more of each group"
@@ -232,19 +236,24 @@ def _texts(source: Checkpoint, plan: Plan) -> dict[str, str]:
     for part in layout.config_path[:-1]:
         holder = holder.setdefault(part, {})
     stated = layout.aliases & holder.keys() or {layout.config_path[-1]}
-    holder.update(dict.fromkeys(stated, max(plan.experts_per_layer.values())))
+    holder.update(dict.fromkeys(stated, max(len(layer.choosable) for layer in plan.layers.values())))
     for path, value in layout.config_changes.items():
         _set(config, path.split("."), value)
     texts = {
         "pruning_plan.json": plan.to_json(),
         CARD_NAME: card(plan, layout.left_out),
     }
-    if not plan.is_uniform:
+    if plan.needs_code:
         base_class = _stock_class(source)
+        constant_rows = {name: constants.rows(layer) for name, layer in plan.layers.items() if layer.constant}
         config |= modelling.describe(
-            base_class, layout.config_path, plan.experts_per_layer, config.get("quantization_config")
+            base_class,
+            layout.config_path,
+            plan.experts_per_layer,
+            config.get("quantization_config"),
+            constant_rows,
         )
-        texts[modelling.FILE_NAME] = modelling.source(base_class, layout.config_path)
+        texts[modelling.FILE_NAME] = modelling.source(base_class, layout.config_path, constants=bool(constant_rows))
     return texts | {"config.json": json.dumps(config, indent=2) + "\n"}
 
 
@@ -265,6 +274,7 @@ def _stock_class(source: Checkpoint) -> str:
     config = source.config
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(
-            f"{source.files.address} brings its own modelling code; only a uniform plan can be applied to it"
+            f"{source.files.address} brings its own modelling code; only a plan that keeps the same number of experts "
+            "in each layer, and puts no constants in others' places, can be applied to it"
         )
     return AutoModelForCausalLM._model_mapping[type(config)].__name__

@@ -23,6 +23,14 @@ SHARED_ROUTER = "{tensor} belongs to the experts of several layers at once"
 UNKNOWN_COUNT = "no number in its config sets how many routed experts there are"
 UNKNOWN_GROWTH = "the shape of {tensor} depends on the number of experts in a way that moeprune does not know"
 UNKNOWN_PROJECTION = "{tensor} holds its experts' weights in an order that moeprune does not know"
+QUANTISED_MERGED = (
+    "its weights are quantised as {method}, of which no means can be taken; merge the unquantised original, and "
+    "quantise the result"
+)
+QUANTISED_CONSTANTS = (
+    "its weights are quantised as {method}, and the modules that compute with these know of no constants; put them "
+    "into the unquantised original"
+)
 QUANTISED_SPARSELY = (
     "its weights are quantised as {method}, in which single weights cannot be zeroed; make the unquantised original "
     "sparse, and quantise the result"

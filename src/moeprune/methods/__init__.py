@@ -9,15 +9,27 @@ from pydantic import ValidationError
 
 from moeprune.clusters import Clusters, make_clusters
 from moeprune.errors import InputError
-from moeprune.methods import c_prune, contribution, frequency, hc_smoe, naee, random, reap
+from moeprune.methods import (
+    c_prune,
+    contribution,
+    frequency,
+    hc_smoe,
+    magnitude,
+    moe_pruner,
+    mone,
+    naee,
+    random,
+    reap,
+    wanda,
+)
 from moeprune.methods.base import Evidence, Method, Trial, count_of
 from moeprune.plan import Plan
 from moeprune.router_groups import RouterGroups
 from moeprune.statistics import Stats
 
-METHODS: dict[str, Method] = {
-    module.METHOD.name: module.METHOD for module in (c_prune, reap, contribution, naee, hc_smoe, frequency, random)
-}
+_OF_EXPERTS = (c_prune, reap, contribution, naee, hc_smoe, mone, frequency, random)
+_OF_WEIGHTS = (moe_pruner, wanda, magnitude)
+METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (*_OF_EXPERTS, *_OF_WEIGHTS)}
 DEFAULT = "c-prune"
 BASELINES = ("frequency", "random")  # what a result is held against where nothing else is said
 
