@@ -44,7 +44,7 @@ RatioOption = Annotated[
     float | None, typer.Option("--ratio", help="fraction of the routed experts to remove, at least 0 and below 1")
 ]
 ParametersRatioOption = Annotated[
-    float | None,
+    float,
     typer.Option("--parameters-ratio", help="instead of --ratio: fraction of all parameters to remove, at least"),
 ]
 SizeOption = Annotated[
