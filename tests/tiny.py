@@ -173,7 +173,9 @@ def _inside_sums(routed_E: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
     output_ETH = torch.randn(experts, tokens, 4, generator=generator)  # as if each token of an expert were one of these
     gated_EN = output_ETH.flatten(1) * routed_E[:, None].sqrt()
     per_token_E = routed_E / tokens
-    return {
+    square_EH = output_ETH.square().sum(1) * per_token_E[:, None]
+    squares = {f"{gated}{what}_square": square_EH for gated in ("", "gated_") for what in ("input", "hidden")}
+    return squares | {
         "gated_norm": output_ETH.norm(dim=-1).sum(1) * per_token_E / 2,
         "output": output_ETH.sum(1) * per_token_E[:, None],
         "output_square": output_ETH.square().sum((1, 2)) * per_token_E,

@@ -54,9 +54,7 @@ def compared(pattern: str, features: int) -> tuple[int, int]:
     if isinstance(parsed, Fraction):
         return int(parsed * features), features
     if features % parsed[1]:
-        raise ValueError(
-            f"rows of {features} weights cannot be divided into {parsed[1]}s, as the pattern {pattern} asks"
-        )
+        raise ValueError(f"rows of {features} weights cannot be divided into groups of {parsed[1]}, as {pattern} asks")
     return parsed
 
 
