@@ -15,6 +15,7 @@ from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from moeprune import layer_names
 
@@ -113,6 +114,18 @@ def domain_title(panel: Axes, domain: str, pruned_for: str) -> None:
 
 def short(name: str, most: int = 26) -> str:
     return name if len(name) <= most else name[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def strike_removed(panel: Axes, kept_by_layer: Sequence[NDArray[Any]], linewidth: float) -> None:
+    """A line through each run of experts that were removed."""
+    x: list[float] = []
+    y: list[float] = []
+    for row, kept in enumerate(kept_by_layer):
+        turns = np.flatnonzero(np.diff(np.concatenate([[True], kept, [True]])))
+        for start, end in zip(turns[::2], turns[1::2], strict=True):
+            x += [start - 0.35, end - 0.65, math.nan]
+            y += [row, row, math.nan]
+    panel.plot(x, y, color=MARK, linewidth=linewidth, solid_capstyle="butt", scalex=False, scaley=False)
 
 
 def look(index: int) -> tuple[str, str]:

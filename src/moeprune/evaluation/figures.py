@@ -208,7 +208,7 @@ def expert_use(report: Report, keep: Keep | None = None) -> Figure:
         image = panel.imshow(use_LE, cmap=drawing.colours(), vmin=0, vmax=3, aspect="auto")
         if keep is not None:
             kept = [np.isin(order[layer], keep.get(layer, order[layer])) for layer in layers]
-            _strike_removed(panel, kept, linewidth=min(0.8, panel_height / len(layers) * 9))
+            drawing.strike_removed(panel, kept, linewidth=min(0.8, panel_height / len(layers) * 9))
         if widest <= 16 and len(layers) <= 16:
             for row, layer in enumerate(layers):
                 for place, expert in enumerate(order[layer]):
@@ -304,15 +304,3 @@ def _shrunk(values_EE: NDArray[Any], cells: int) -> tuple[NDArray[Any], int]:
     counts = measured.sum(axis=(1, 3))
     sums = np.where(measured, squares, 0).sum(axis=(1, 3))
     return np.where(counts, sums / np.maximum(counts, 1), np.nan), block
-
-
-def _strike_removed(panel: Axes, kept_by_layer: Sequence[NDArray[Any]], linewidth: float) -> None:
-    """A line through each run of experts that were removed."""
-    x: list[float] = []
-    y: list[float] = []
-    for row, kept in enumerate(kept_by_layer):
-        turns = np.flatnonzero(np.diff(np.concatenate([[True], kept, [True]])))
-        for start, end in zip(turns[::2], turns[1::2], strict=True):
-            x += [start - 0.35, end - 0.65, math.nan]
-            y += [row, row, math.nan]
-    panel.plot(x, y, color=drawing.MARK, linewidth=linewidth, solid_capstyle="butt", scalex=False, scaley=False)
