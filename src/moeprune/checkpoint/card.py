@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from moeprune.plan import Plan
+from moeprune.plan import Plan, Sparsity
+
+ZEROS_TAKE_ROOM = (
+    "Zeros take as much room as any other number: this checkpoint is as large as it would be without them, and as fast "
+    "where it is served by dense kernels. The compressed-tensors library stored sparse weights in less, but no release "
+    "after 0.14 does, and transformers wants 0.15 or later."
+)
 
 
 def card(plan: Plan, left_out: Mapping[str, str]) -> str:
@@ -26,6 +32,7 @@ def card(plan: Plan, left_out: Mapping[str, str]) -> str:
             ]
         )
         how = f"{why.capitalize()}, so it brings a small modelling file: load it with `trust_remote_code=True`."
+    sparse = _sparse(plan.sparsity) if plan.sparsity else ""
     options = "".join(f"\n- {name}: {value}" for name, value in sorted(plan.options.items()))
     without = "".join(
         f"\n- left out: {count} tensors of the original ({reason})"
@@ -38,10 +45,24 @@ tags: [mixture-of-experts, pruned, moeprune]
 # A pruned Mixture-of-Experts
 
 moeprune removed {plan.removed:.1%} of the routed experts with the method `{plan.method}`: each layer keeps {kept} of
-{of}. {how}
+{of}. {how}{sparse}
 
 - original: fingerprint `{plan.model}`
 - calibration data: fingerprint `{plan.data}`{options}{without}
 
 `pruning_plan.json` holds the whole decision.
 """
+
+
+def _sparse(sparsity: Sparsity) -> str:
+    by = {
+        "moe-pruner": "magnitude times the norm of their inputs weighted by the gate (MoE-Pruner)",
+        "wanda": "magnitude times the norm of their inputs (Wanda)",
+        "magnitude": "magnitude",
+    }[sparsity.score]
+    zeros, colon, of = sparsity.pattern.partition(":")
+    share = f"{zeros} of every {of} weights" if colon else f"{float(zeros):.1%} of the weights"
+    return f"""
+
+In each output row of the experts' projections, {share} are zero: those of the least {by}; by magnitude alone in experts
+that received no tokens in calibration. Attention, routers and shared experts are as they were. {ZEROS_TAKE_ROOM}"""

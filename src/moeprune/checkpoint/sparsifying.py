@@ -5,6 +5,7 @@ Axes: O outputs of a projection, I features that go into it.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -67,6 +68,18 @@ class Sparsifier:
             return 0
         seen = {name: layer.sums[statistic].limbs.any(-1).any(0) for name, layer in self._stats.layers.items()}
         return sum(int((~seen[name][keep]).sum()) for name, keep in self._keep.items())
+
+    @property
+    def zeros(self) -> int:
+        """How many weights it makes zero in all."""
+        total = 0
+        for name, projection in self._projections.items():
+            if self.concerns(name):
+                experts = len(self._keep[projection.layer]) if projection.expert is None else 1
+                sides = self._files.entries[name].shape[-2:]
+                count, of = compared(self._sparsity.pattern, sides[projection.input_axis])
+                total += experts * math.prod(sides) // of * count
+        return total
 
     def concerns(self, stored: str) -> bool:
         """Whether a stored tensor holds projections of experts that stay."""

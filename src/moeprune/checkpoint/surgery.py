@@ -37,9 +37,10 @@ from moeprune.statistics import Stats
 
 @dataclass(frozen=True)
 class Written:
-    """The size of a checkpoint that was written: parameters, and bytes of its safetensors files."""
+    """The size of a checkpoint that was written: parameters, those made zero, and bytes of its safetensors files."""
 
     parameters: int
+    zeros: int
     bytes_on_disk: int
 
 
@@ -95,7 +96,11 @@ def cut(
             (folder / name).write_text(text)
 
     write_checkpoint(shards, files.source, target, job, write_other_files, on_tensor=on_tensor, say=say)
-    return Written(sum(shard.parameters for shard in shards), sum(shard.file_bytes for shard in shards))
+    return Written(
+        sum(shard.parameters for shard in shards),
+        sparsifier.zeros if sparsifier else 0,
+        sum(shard.file_bytes for shard in shards),
+    )
 
 
 @dataclass(frozen=True)

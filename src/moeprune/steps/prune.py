@@ -26,10 +26,11 @@ from moeprune.tracking import TrackedRun
 
 @dataclass(frozen=True)
 class Applied:
-    """What a Plan made of a model, wherever that lies now."""
+    """What a Plan made of a model, wherever that lies now: its parameters, and those that were made zero."""
 
     plan: Plan
     parameters: int
+    zeros: int
     bytes_on_disk: int
 
 
@@ -77,11 +78,17 @@ def plan(
 
 
 def apply(
-    model: str, plan: str, out: str, *, shard_bytes: int = SHARD_BYTES, trust_remote_code: bool = False
+    model: str,
+    plan: str,
+    out: str,
+    *,
+    stats: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    trust_remote_code: bool = False,
 ) -> Applied:
     """Carry out a Plan on a model and put the pruned checkpoint at `out`. See `checkpoint.surgery.cut`."""
     with tracking.step("apply", {"model": model}) as run, _streamed(model, trust_remote_code) as source:
-        return _apply(run, source, plan, out, shard_bytes)
+        return _apply(run, source, plan, stats, out, shard_bytes)
 
 
 def prune(
@@ -129,14 +136,14 @@ def prune(
         ) as trial,
     ):
         _plan(run, method, budget, stats, plan_out, clusters, options, source, trial)
-        made = _apply(run, source, plan_out, model_out, SHARD_BYTES)
+        made = _apply(run, source, plan_out, stats, model_out, SHARD_BYTES)
         if baselines_out:
             with places.output(baselines_out) as path, build_beside(path) as beside:
                 for baseline in dict.fromkeys(baselines):
                     plan_path = beside / f"{baseline}.json"
                     _plan(TrackedRun(), baseline, budget, stats, str(plan_path), clusters, None, source, trial)
                     run.text(plan_path.read_text(), f"baselines/{baseline}.json")
-                    _apply(TrackedRun(), source, str(plan_path), str(beside / baseline), SHARD_BYTES, baseline)
+                    _apply(TrackedRun(), source, str(plan_path), stats, str(beside / baseline), SHARD_BYTES, baseline)
         return made
 
 
@@ -199,15 +206,28 @@ def _streamed(model: str, trust_remote_code: bool) -> Iterator[Checkpoint]:
         yield Checkpoint(directory, trust_remote_code, weights)
 
 
-def _apply(run: TrackedRun, source: Checkpoint, plan: str, out: str, shard_bytes: int, label: str = "apply") -> Applied:
+def _apply(
+    run: TrackedRun,
+    source: Checkpoint,
+    plan: str,
+    stats: str | None,
+    out: str,
+    shard_bytes: int,
+    label: str = "apply",
+) -> Applied:
     with places.local_file(plan) as plan_path:
         decided = Plan.load(plan_path)
+    evidence = None
+    if stats:
+        with places.local_file(stats) as stats_path:
+            evidence = Stats.load(stats_path)
     target = places.checkpoint_target(out)
     with progress(label) as on_tensor:
         written = surgery.cut(
             source,
             decided,
             target,
+            stats=evidence,
             shard_bytes=shard_bytes,
             on_tensor=on_tensor,
             say=lambda text: _say(label, text),
@@ -217,6 +237,7 @@ def _apply(run: TrackedRun, source: Checkpoint, plan: str, out: str, shard_bytes
             "size_on_disk_mb": written.bytes_on_disk / 1e6,
             "original_size_on_disk_mb": source.files.bytes_on_disk / 1e6,
             "parameters": written.parameters,
+            "zero_parameters": written.zeros,
         }
     )
-    return Applied(decided, written.parameters, written.bytes_on_disk)
+    return Applied(decided, written.parameters, written.zeros, written.bytes_on_disk)
