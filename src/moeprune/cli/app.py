@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 import moeprune
+from moeprune.checkpoint.card import ZEROS_TAKE_ROOM
 from moeprune.clusters import ALGORITHMS
 from moeprune.methods import BASELINES, DEFAULT, METHODS, statistics_for
 from moeprune.places import REFERENCE_MODEL
@@ -173,6 +174,10 @@ def apply(
     model: ModelOption,
     plan: PlanOption,
     out: Annotated[str, typer.Option(metavar="DIR", help="where to write the pruned model")],
+    stats: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="the Stats that the Plan was made from, where it takes numbers from them"),
+    ] = None,
     shard_megabytes: Annotated[
         int, typer.Option(min=1, help="most bytes of tensors in one file; to or from S3, two of them lie here")
     ] = 1024,
@@ -181,11 +186,15 @@ def apply(
     """Carry out a Plan: write the pruned model. Interrupted, the same command goes on where it was."""
     from moeprune.steps import prune as step
 
-    made = step.apply(model, plan, out, shard_bytes=shard_megabytes << 20, trust_remote_code=trust_remote_code)
+    made = step.apply(
+        model, plan, out, stats=stats, shard_bytes=shard_megabytes << 20, trust_remote_code=trust_remote_code
+    )
     needs_code = ""
     if not made.plan.is_uniform:
         needs_code = "; layers differ, so load it with trust_remote_code=True"
     console.print(f"{out}: written{needs_code}")
+    if made.plan.sparsity:
+        console.print(f"{made.zeros:,} of {made.parameters:,} parameters were made zero. {ZEROS_TAKE_ROOM}")
 
 
 @app.command()
