@@ -47,6 +47,9 @@ def prune(
     calibration_shards: int = 1,
     calibration_dtype: str = "auto",
     calibration_memory_limit: str = "",
+    cluster_similarity: str = "outputs",
+    cluster_algorithm: str = "ward",
+    clusters_per_layer: str = "published",
     trial_blocks: int = 8,
     distillation_blocks: int = 384,
     evaluation_blocks: int = 32,
@@ -83,6 +86,11 @@ def prune(
             CPU).
         calibration_memory_limit: A size such as 16GiB that calibrating stays below, whatever the model's: layers are
             brought in one at a time. Empty: the whole model is loaded.
+        cluster_similarity: Which experts are alike: those with the same outputs, with the same parameters (outputs,
+            parameters), or both.
+        cluster_algorithm: How to cluster experts: ward, average or k-means.
+        clusters_per_layer: How many clusters of experts: a number, published (12 for every 64 experts), or auto (for
+            each layer what suits it best, by the silhouette).
         trial_blocks: Blocks to try decisions on at most, where the method does that (cd-moe).
         distillation_blocks: Blocks to recover on at most.
         evaluation_blocks: Blocks of each held-out text to measure on at most.
@@ -116,7 +124,14 @@ def prune(
         )
     merged = merge_stats(parts=dsl.Collected(calibrated.outputs["stats"]))
     stats = merged.outputs["stats"]
-    clustered = cluster(stats=stats)
+    clustered = cluster(
+        stats=stats,
+        similarity=cluster_similarity,
+        algorithm=cluster_algorithm,
+        clusters_per_layer=clusters_per_layer,
+        model=model,
+        trust_remote_code=trust_remote_code,
+    )
     clusters = clustered.outputs["clusters"]
     pruned = global_prune(
         model=model,

@@ -100,7 +100,7 @@ class TestAWalk:
         options = ("--clusters-per-layer", 3, "--algorithm", "k-means")
         out = succeeds(run_cli("cluster", "--stats", walk.stats, "--out", walk.clusters, *options))
         clusters = Clusters.load(walk.clusters)
-        assert (clusters.clusters_per_layer, clusters.algorithm) == (3, "k-means")
+        assert (clusters.counts, clusters.algorithm) == ("3", "k-means")
         assert "3 clusters in each of 3 layers" in out
 
     def test_plan(self, walk: Walk, run_cli: Run) -> None:

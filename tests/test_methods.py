@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moeprune.clusters import make_clusters
+from moeprune.clustering import make_clusters
 from moeprune.errors import InputError
 from moeprune.methods import METHODS, make_plan
 from moeprune.methods.base import count_of

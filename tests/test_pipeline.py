@@ -220,12 +220,18 @@ class TestComponents:
         assert merged.metadata == {"tokens": stats.tokens, "layers": 1, "shards": 2}
 
     def test_cluster(self, called: Callable[..., list[dict[str, Any]]]) -> None:
-        calls = called("cluster", SimpleNamespace(clusters_per_layer=3, layers=[1]))
+        calls = called("cluster", SimpleNamespace(counts="3 to 5", layers=[1]))
         stats, clusters = Artifact("stats"), Artifact("clusters")
-        cluster.python_func(stats=stats, clusters=clusters, algorithm="k-means", clusters_per_layer=3)
-        assert calls == [
-            {"stats": stats.path, "out": clusters.path, "algorithm": "k-means", "clusters_per_layer": 3},
-        ]
+        options = {
+            "similarity": "both",
+            "algorithm": "k-means",
+            "clusters_per_layer": "auto",
+            "model": "M",
+            "trust_remote_code": True,
+        }
+        cluster.python_func(stats=stats, clusters=clusters, **options)
+        assert calls == [{"stats": stats.path, "out": clusters.path} | options]
+        assert clusters.metadata["clusters_per_layer"] == "3 to 5"
 
     @pytest.mark.parametrize("baselines", [["frequency", "random"], []])
     def test_global_prune(self, called: Callable[..., list[dict[str, Any]]], baselines: list[str]) -> None:

@@ -169,21 +169,21 @@ class CheckpointFiles:
         row_length, item_length = math.prod(row_shape), math.prod(row_shape[1:])
         part_shape = (*shape[:axis], stop - start, *shape[axis + 1 :])
         if rows == 1:
-            return self._values(name, start * item_length, stop * item_length).reshape(part_shape)
+            return self.read_values(name, start * item_length, stop * item_length).reshape(part_shape)
         part = torch.empty((rows, (stop - start) * item_length), dtype=self.dtype(name))
         rows_at_once = max(1, _BLOCK_BYTES // max(1, row_length * part.itemsize))
         for row in range(0, rows, rows_at_once):
             after = min(rows, row + rows_at_once)
-            block = self._values(name, row * row_length, after * row_length).reshape(after - row, row_length)
+            block = self.read_values(name, row * row_length, after * row_length).reshape(after - row, row_length)
             part[row:after] = block[:, start * item_length : stop * item_length]
         return part.reshape(part_shape)
 
     def _read(self, name: str) -> torch.Tensor:
         shape = self.entries[name].shape
-        return self._values(name, 0, math.prod(shape)).reshape(shape)
+        return self.read_values(name, 0, math.prod(shape)).reshape(shape)
 
-    def _values(self, name: str, first: int, last: int) -> torch.Tensor:
-        """The values from the `first` to before the `last`, as they lie in the file."""
+    def read_values(self, name: str, first: int, last: int) -> torch.Tensor:
+        """A tensor's values from the `first` to before the `last`, flat, as they lie in the file."""
         entry, dtype = self.entries[name], self.dtype(name)
         raw = torch.empty((last - first) * dtype.itemsize, dtype=torch.uint8)
         try:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 import moeprune
 from moeprune.checkpoint.card import ZEROS_TAKE_ROOM
-from moeprune.clusters import ALGORITHMS
+from moeprune.clustering import ALGORITHMS, AUTO, PUBLISHED, SIMILARITIES
 from moeprune.methods import BASELINES, DEFAULT, METHODS, statistics_for
 from moeprune.places import REFERENCE_MODEL
 
@@ -36,6 +36,13 @@ BatchOption = Annotated[int, typer.Option(help="blocks per forward pass")]
 SEQUENCES_HELP = (
     "packed: documents are joined and cut into full blocks; documents: one document per block, padded, a long one in "
     "several"
+)
+SIMILARITY_HELP = (
+    f"whether experts are alike in what they put out, in their weights, or both: {', '.join(SIMILARITIES)}"
+)
+ALGORITHM_HELP = f"how to cluster experts: {', '.join(ALGORITHMS)}"
+CLUSTERS_HELP = (
+    f"a number; {PUBLISHED}: 12 for every 64 experts; {AUTO}: for each layer what suits it best, by the silhouette"
 )
 DTYPE_HELP = "of the model in memory: float32, bfloat16, or auto (bfloat16 on a GPU, float32 on a CPU)"
 TrustOption = Annotated[
@@ -159,14 +166,28 @@ def merge_stats(
 def cluster(
     stats: StatsOption,
     out: Annotated[str, typer.Option(metavar="FILE", help="where to write the Clusters")],
-    algorithm: Annotated[str, typer.Option(help=f"one of {', '.join(ALGORITHMS)}")] = "ward",
-    clusters_per_layer: Annotated[int, typer.Option(help="0: 12 for every 64 experts")] = 0,
+    similarity: Annotated[str, typer.Option(help=SIMILARITY_HELP)] = "outputs",
+    algorithm: Annotated[str, typer.Option(help=ALGORITHM_HELP)] = "ward",
+    clusters_per_layer: Annotated[str, typer.Option(help=CLUSTERS_HELP)] = PUBLISHED,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="the original model; needed for the similarity of parameters"),
+    ] = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
-    """Group the experts of each layer by what they put out (Clusters)."""
+    """Group the experts of each layer by how alike they are (Clusters)."""
     from moeprune.steps import cluster as step
 
-    clusters = step.cluster(stats, out, algorithm=algorithm, clusters_per_layer=clusters_per_layer)
-    console.print(f"{out}: {clusters.clusters_per_layer} clusters in each of {len(clusters.layers)} layers")
+    clusters = step.cluster(
+        stats,
+        out,
+        similarity=similarity,
+        algorithm=algorithm,
+        clusters_per_layer=clusters_per_layer,
+        model=model,
+        trust_remote_code=trust_remote_code,
+    )
+    console.print(f"{out}: {clusters.counts} clusters in each of {len(clusters.layers)} layers")
 
 
 @app.command()

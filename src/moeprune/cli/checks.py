@@ -10,6 +10,7 @@ from moeprune import places
 from moeprune.budget import Budget, check_method, check_reachable
 from moeprune.builtin import corpus
 from moeprune.checkpoint.loading import Checkpoint
+from moeprune.clustering import check_clustering
 from moeprune.errors import InputError
 from moeprune.methods import check_room, find, parse_options
 from moeprune.sources import format_sources, mixture_name, parse_sources
@@ -52,6 +53,7 @@ def check_run(arguments: dict[str, Any]) -> None:
     if arguments["calibration_memory_limit"]:
         parse_bytes(arguments["calibration_memory_limit"])
     check_sequences(arguments["calibration_sequences"])
+    check_clustering(arguments["cluster_similarity"], arguments["cluster_algorithm"], arguments["clusters_per_layer"])
     names = [mixture_name(text) for text in arguments["evaluation_data"]]
     if len(set(names)) < len(names):
         raise InputError(f"two texts to measure on have the same name ({', '.join(names)}); rename a file")

@@ -16,8 +16,11 @@ from moeprune import tracking
 from moeprune.atomic import write_beside
 from moeprune.budget import Budget
 from moeprune.cli.app import (
+    ALGORITHM_HELP,
+    CLUSTERS_HELP,
     DTYPE_HELP,
     SEQUENCES_HELP,
+    SIMILARITY_HELP,
     BlockOption,
     DataOption,
     FieldOption,
@@ -33,6 +36,7 @@ from moeprune.cli.app import (
 )
 from moeprune.cli.screen import Screen
 from moeprune.cli.services import STATE, MlflowPortOption, S3PortOption, StateOption, services_in
+from moeprune.clustering import PUBLISHED
 from moeprune.errors import InputError
 from moeprune.evaluation.report import Report
 from moeprune.evaluation.table import show
@@ -77,6 +81,9 @@ def run(
         str, typer.Option(metavar="SIZE", help="calibrate below SIZE, for example 2GiB, a layer at a time")
     ] = "",
     trial_blocks: Annotated[int, typer.Option(min=1, help="blocks to try decisions on at most (cd-moe)")] = 8,
+    cluster_similarity: Annotated[str, typer.Option(help=SIMILARITY_HELP)] = "outputs",
+    cluster_algorithm: Annotated[str, typer.Option(help=ALGORITHM_HELP)] = "ward",
+    clusters_per_layer: Annotated[str, typer.Option(help=CLUSTERS_HELP)] = PUBLISHED,
     distillation_blocks: Annotated[int, typer.Option(min=1, help="blocks to recover on at most")] = 384,
     evaluation_blocks: Annotated[
         int, typer.Option(min=1, help="blocks of each held-out text to measure on at most")
@@ -123,6 +130,9 @@ def run(
         "calibration_dtype": calibration_dtype,
         "calibration_memory_limit": calibration_memory_limit,
         "trial_blocks": trial_blocks,
+        "cluster_similarity": cluster_similarity,
+        "cluster_algorithm": cluster_algorithm,
+        "clusters_per_layer": clusters_per_layer,
         "distillation_blocks": distillation_blocks,
         "evaluation_blocks": evaluation_blocks,
         "learning_rate": learning_rate,

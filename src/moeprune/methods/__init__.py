@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moeprune.clusters import Clusters, make_clusters
+from moeprune.clustering import make_clusters
+from moeprune.clusters import Clusters
 from moeprune.errors import InputError
 from moeprune.methods import (
     c_prune,

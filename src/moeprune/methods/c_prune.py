@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from moeprune.clusters import assign, mean_outputs
+from moeprune.clustering import assign, mean_outputs
 from moeprune.methods.base import Decision, Evidence, Method, Options, count_of, keep, keep_last
 from moeprune.methods.voting import ascending, count_votes, fewest_votes_across_layers
 from moeprune.statistics import LayerStats
