@@ -80,7 +80,7 @@ def _check_model_and_texts(arguments: dict[str, Any]) -> None:
             }
             if budget.ratio is None:
                 check_reachable(budget, layers, checkpoint)
-            else:
+            elif any(find(name).removes == "experts" for name in [arguments["method"], *arguments["baselines"]]):
                 for name, layer in layers.items():
                     check_room(budget.ratio, name, layer.experts, top_k, groups)
         tokenizer = checkpoint.tokenizer()
