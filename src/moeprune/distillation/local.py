@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from moeprune.errors import InputError
 
 HELD_OUT_SHARE = 1 / 8
+_EXPERTS_AXES = 3
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def distill(
     learning_rate: float = 1e-3,
     batch_blocks: int = 8,
     epochs: int = 1,
+    keep_zeros: bool = False,
     on_step: Callable[[int, int, float], None] = lambda done, total, error: None,
 ) -> Distilled:
     """Train the student's MoE blocks, in place.
@@ -63,6 +66,7 @@ def distill(
         learning_rate: peak.
         batch_blocks: blocks per step.
         epochs: times that every block is seen.
+        keep_zeros: whether weights of the experts that are zero stay so.
         on_step: called with steps done, steps in all, and the mean training error.
 
     Raises:
@@ -80,6 +84,8 @@ def distill(
     for parameters in learning.values():
         for parameter in parameters:
             parameter.requires_grad_(True)
+            if keep_zeros and parameter.dim() == _EXPERTS_AXES:
+                parameter.register_hook(partial(torch.Tensor.masked_fill, mask=parameter.detach() == 0, value=0))
 
     error_before = _held_out_error(teacher, blocks, held_BS, batch_blocks)
     curve = _train(teacher, blocks, learning, train_BS, learning_rate, batch_blocks, epochs, on_step)

@@ -88,6 +88,7 @@ def distill(
                 learning_rate=learning_rate,
                 batch_blocks=batch_blocks,
                 epochs=epochs,
+                keep_zeros=decided.sparsity is not None,
                 on_step=on_step,
             )
         seconds = time.monotonic() - started
