@@ -1,4 +1,4 @@
-"""What an MoE block is made of, found by experiment: routed experts, and perhaps a shared one that runs for every token.
+"""What an MoE block is made of, found by experiment: routed experts, and perhaps a shared one that all tokens take.
 
 A block is the module that holds a layer's routed experts. Which of its other modules is the shared expert, and which
 weight of an MLP does what, is not read from names: the module is run on a few small random numbers in place of its

@@ -14,24 +14,27 @@ ZEROS_TAKE_ROOM = (
 )
 
 
-def card(plan: Plan, left_out: Mapping[str, str]) -> str:
+def card(plan: Plan, left_out: Mapping[str, str], *, condensed_by_code: bool = False) -> str:
     """The text of `README.md`.
 
     Args:
         left_out: tensors of the original that are not carried over, and why.
+        condensed_by_code: whether it takes the modelling file to condense layers.
     """
-    counts = sorted(set(plan.experts_per_layer.values()))
+    counts = sorted(set(plan.experts_per_layer.values())) or [0]
     kept = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     of = max(layer.experts for layer in plan.layers.values())
     how = "It loads like any checkpoint of its architecture."
-    if plan.needs_code:
+    if plan.needs_code or condensed_by_code:
         why = " and ".join(
             [
                 *(["layers keep different numbers of experts"] if not plan.is_uniform else []),
                 *(["constants stand in for experts"] if any(layer.constant for layer in plan.layers.values()) else []),
+                *(["layers are dense that its architecture does not know so"] if condensed_by_code else []),
             ]
         )
         how = f"{why.capitalize()}, so it brings a small modelling file: load it with `trust_remote_code=True`."
+    condensed = _condensed(plan) if plan.condensed else ""
     sparse = _sparse(plan.sparsity) if plan.sparsity else ""
     options = "".join(f"\n- {name}: {value}" for name, value in sorted(plan.options.items()))
     without = "".join(
@@ -45,13 +48,20 @@ tags: [mixture-of-experts, pruned, moeprune]
 # A pruned Mixture-of-Experts
 
 moeprune removed {plan.removed:.1%} of the routed experts with the method `{plan.method}`: each layer keeps {kept} of
-{of}. {how}{sparse}
+{of}. {how}{condensed}{sparse}
 
 - original: fingerprint `{plan.model}`
 - calibration data: fingerprint `{plan.data}`{options}{without}
 
 `pruning_plan.json` holds the whole decision.
 """
+
+
+def _condensed(plan: Plan) -> str:
+    return f"""
+
+That is said of layers that have a router. {len(plan.condensed)} of {len(plan.layers)} have none any more: what is left
+of their experts, and their shared ones, run for every token as one dense MLP."""
 
 
 def _sparse(sparsity: Sparsity) -> str:

@@ -108,6 +108,8 @@ def find_layout(config: PretrainedConfig, files: CheckpointFiles | None = None) 
             tensors.
     """
     unsupported.refuse_quantisation(config)
+    if modelling.condensed_widths(config):
+        raise unsupported.refusal(config, unsupported.CONDENSED)
     if uneven := modelling.experts_per_layer(config):
         raise unsupported.refusal(config, unsupported.PRUNED_UNEVENLY.format(counts=_range(uneven.values())))
     model = build_without_weights(config)

@@ -67,7 +67,7 @@ class Checkpoint:
     def experts_per_layer(self) -> dict[str, int]:
         """Routed experts in each layer, whether the checkpoint is an original, uniformly or non-uniformly pruned."""
         own = modelling.experts_per_layer(self.config)
-        return own or {name: layer.experts for name, layer in self.layout.layers.items()}
+        return own if own is not None else {name: layer.experts for name, layer in self.layout.layers.items()}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises InputError where the checkpoint has none."""

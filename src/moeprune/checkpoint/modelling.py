@@ -2,13 +2,15 @@
 
 A transformers config has one number of experts for all layers. Where a plan keeps different numbers, the checkpoint
 gets a small file of code (`auto_map`) that makes each layer as a model with that many experts would have it. Where it
-puts constants in experts' places, the file adds those to what the experts put out. It imports transformers only:
-moeprune need not be installed where the model is served, but the loader must say `trust_remote_code=True`.
+puts constants in experts' places, the file adds those to what the experts put out; where it condenses a layer, the file
+puts a dense MLP in its place. It imports transformers and torch only: moeprune need not be installed where the model is
+served, but the loader must say `trust_remote_code=True`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -21,6 +23,8 @@ EXPERTS_KEY = "pruned_experts"
 PATH_KEY = "pruned_experts_path"
 CONSTANTS_KEY = "pruned_constants"
 CONSTANTS_NAME = "constant_CH"
+CONDENSED_KEY = "pruned_condensed"
+DENSE_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 _SOURCE = Template('''\
 """$base whose layers have different numbers of experts: config.pruned_experts says how many."""
@@ -46,7 +50,7 @@ class Pruned$base($base):
         self._configs_of_layers = []
         layers = config.pruned_experts
         self._take({_subtree(name, layers): experts for name, experts in layers.items()})
-$constants_in_place        self.post_init()
+$constants_in_place$condensed_in_place        self.post_init()
 
     def _take(self, parts):
         """Make each part of this model as it is in a model with so many experts."""
@@ -141,12 +145,36 @@ def _put_constants(experts, constants, rows):
     experts.__class__ = type(type(experts).__name__, (_WithConstants, type(experts)), {})
 '''
 
+_CONDENSED_IN_PLACE = """\
+        for name, width in config.pruned_condensed.items():
+            self.set_submodule(name.rpartition(".")[0], _Condensed(self.get_submodule(name), width))
+"""
 
-def source(base_class: str, config_path: tuple[str, ...], *, constants: bool = False) -> str:
+_CONDENSED = '''
+
+class _Condensed(torch.nn.Module):
+    """A dense MLP in place of a router and its experts: all tokens go through all that is left of them."""
+
+    def __init__(self, experts, width):
+        super().__init__()
+        down = experts.down_proj
+        hidden = down.shape[-1] if experts.is_transposed else down.shape[-2]
+        self.gate_proj = torch.nn.Linear(hidden, width, bias=False)
+        self.up_proj = torch.nn.Linear(hidden, width, bias=False)
+        self.down_proj = torch.nn.Linear(width, hidden, bias=False)
+        self.act_fn = experts.act_fn
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+'''
+
+
+def source(base_class: str, config_path: tuple[str, ...], *, constants: bool = False, condensed: bool = False) -> str:
     """The file's text for a stock class such as `Qwen2MoeForCausalLM`.
 
     Args:
         constants: whether any layer has constants.
+        condensed: whether any layer is condensed.
     """
     path = list(config_path)
     if path[0] not in getattr(transformers, base_class).config_class.sub_configs:  # the class has the text's config
@@ -155,10 +183,11 @@ def source(base_class: str, config_path: tuple[str, ...], *, constants: bool = F
         base=base_class,
         holder=repr(tuple(path[:-1])),
         key=path[-1],
-        import_torch="import torch\n" if constants else "",
+        import_torch="import torch\n" if constants or condensed else "",
         constants_in_place=_CONSTANTS_IN_PLACE if constants else "",
+        condensed_in_place=_CONDENSED_IN_PLACE if condensed else "",
     )
-    return text + (_CONSTANTS if constants else "")
+    return text + (_CONSTANTS if constants else "") + (_CONDENSED if condensed else "")
 
 
 def describe(
@@ -167,11 +196,13 @@ def describe(
     experts_per_layer: dict[str, int],
     quantisation: dict[str, Any] | None,
     constants: dict[str, list[int]] | None = None,
+    condensed: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """What `config.json` must say for transformers to use the file.
 
     Args:
         constants: experts module -> the rows of its router that choose constants, where it has any.
+        condensed: experts module -> how wide the dense MLP in its place is, where the layer is condensed.
         quantisation: what `config.json` says of it. MXFP4 must be undone when it is loaded: the modules that compute
             with it know one number of experts.
     """
@@ -182,12 +213,18 @@ def describe(
         EXPERTS_KEY: experts_per_layer,
         PATH_KEY: list(config_path),
         **({CONSTANTS_KEY: constants} if constants else {}),
+        **({CONDENSED_KEY: condensed} if condensed else {}),
     }
 
 
 def experts_per_layer(config: PretrainedConfig) -> dict[str, int] | None:
     """What the config of a non-uniformly pruned checkpoint says; None for any other."""
     return getattr(config, EXPERTS_KEY, None)
+
+
+def condensed_widths(config: PretrainedConfig) -> dict[str, int]:
+    """How wide the dense layers are that the checkpoint's own file makes; nothing for any other."""
+    return getattr(config, CONDENSED_KEY, {})
 
 
 def is_ours(directory: Path) -> bool:
@@ -205,5 +242,10 @@ def is_ours(directory: Path) -> bool:
         return False
     if not config_path or not all(part.isidentifier() for part in config_path):
         return False
-    expected = source(base_class, config_path, constants=bool(config.get(CONSTANTS_KEY)))
+    expected = source(
+        base_class,
+        config_path,
+        constants=bool(config.get(CONSTANTS_KEY)),
+        condensed=bool(config.get(CONDENSED_KEY)),
+    )
     return (directory / FILE_NAME).read_text() == expected

@@ -19,6 +19,8 @@ import torch
 
 from moeprune.checkpoint import constants, merging, modelling
 from moeprune.checkpoint.card import card
+from moeprune.checkpoint.condensing import NOTHING_CONDENSED, CondensedLayers, condense
+from moeprune.checkpoint.dense_layers import put
 from moeprune.checkpoint.expert_tables import renumbered
 from moeprune.checkpoint.files import CheckpointFiles
 from moeprune.checkpoint.layout import Layout
@@ -83,9 +85,11 @@ def cut(
     sparsifier = Sparsifier(source, plan, plan.sparsity, stats) if plan.sparsity else None
     if sparsifier and (unseen := sparsifier.experts_without_tokens):
         say(f"{unseen} experts received no tokens in calibration; their weights are ranked by magnitude alone")
-    texts = _texts(source, plan)
+    condensed = condense(source, plan)
+    texts = _texts(source, plan, condensed)
     files = source.files
-    tensors = chain(_planned(files, source.layout, plan, sparsifier), constants.planned(source, plan, stats))
+    tensors = _planned(files, source.layout, plan, condensed, sparsifier)
+    tensors = chain(tensors, condensed.planned, constants.planned(source, plan, stats))
     shards = plan_shards(tensors, shard_bytes)
     made_from = texts["pruning_plan.json"] + (stats.digest() if stats and plan.takes_stats else "")
     job = job_name(files.source, files.shards, shards, made_from)
@@ -113,9 +117,11 @@ class Foreseen:
 
 def foresee(source: Checkpoint, plan: Plan) -> Foreseen:
     """What `cut` would write, from headers alone."""
-    tensors = chain(_planned(source.files, source.layout, plan), constants.planned(source, plan, None))
+    condensed = condense(source, plan)
+    tensors = _planned(source.files, source.layout, plan, condensed)
+    tensors = chain(tensors, condensed.planned, constants.planned(source, plan, None))
     shards = plan_shards(tensors, SHARD_BYTES)
-    texts = _texts(source, plan) | index_of(shards)
+    texts = _texts(source, plan, condensed) | index_of(shards)
     copied = (path.stat().st_size for path in other_files(source.directory) if path.name not in texts)
     written = (len(text.encode()) for text in texts.values())
     weights = sum(shard.file_bytes for shard in shards)
@@ -124,7 +130,7 @@ def foresee(source: Checkpoint, plan: Plan) -> Foreseen:
 
 def check_fits(source: Checkpoint, plan: Plan) -> None:
     """Raise InputError where a plan was made for another model, or cannot be carried out on this one."""
-    if modelling.experts_per_layer(source.config):
+    if modelling.experts_per_layer(source.config) is not None:
         raise InputError(
             f"{source.files.address} is pruned already, layer by layer differently; prune the original with another "
             "ratio"
@@ -177,6 +183,8 @@ def _check_groups(source: Checkpoint, plan: Plan) -> None:
     """Raise InputError where the router first chooses among equal groups of experts, and they would not stay equal."""
     groups = source.layout.groups
     for name, layer in plan.layers.items():
+        if layer.condensed is not None:
+            continue
         kept = groups.of_each(layer.choosable, layer.experts)
         if len(set(kept)) > 1:
             raise InputError(
@@ -191,15 +199,21 @@ def _check_groups(source: Checkpoint, plan: Plan) -> None:
 
 
 def _planned(
-    files: CheckpointFiles, layout: Layout, plan: Plan, sparsifier: Sparsifier | None = None
+    files: CheckpointFiles,
+    layout: Layout,
+    plan: Plan,
+    condensed: CondensedLayers = NOTHING_CONDENSED,
+    sparsifier: Sparsifier | None = None,
 ) -> Iterator[PlannedTensor]:
-    """Every tensor of the pruned checkpoint, in the order in which the source stores what it is made from."""
+    """Every tensor that is made of the source's of the same name, in the order in which it stores them."""
     along: dict[str, tuple[int, list[Mean]]] = {}
     own: dict[str, tuple[str, list[str], Mean]] = {}
     tables: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-    left_out = set(layout.left_out)
+    left_out = condensed.left_out | layout.left_out.keys()
     for layer_name, layer in layout.layers.items():
         planned = plan.layers[layer_name]
+        if planned.condensed is not None:
+            continue
         experts, rows = expert_means(planned), router_means(planned)
         for name, axis in layer.fused.items():
             rows_past_the_experts = range(layer.experts, files.entries[name].shape[axis])
@@ -233,7 +247,7 @@ def _changed_table(files: CheckpointFiles, name: str, change: Callable[[torch.Te
     return change(files.read([name])[name])
 
 
-def _texts(source: Checkpoint, plan: Plan) -> dict[str, str]:
+def _texts(source: Checkpoint, plan: Plan, condensed: CondensedLayers) -> dict[str, str]:
     """The files that are written anew, by name."""
     layout = source.layout
     config: dict[str, Any] = json.loads((source.directory / "config.json").read_text())
@@ -241,14 +255,16 @@ def _texts(source: Checkpoint, plan: Plan) -> dict[str, str]:
     for part in layout.config_path[:-1]:
         holder = holder.setdefault(part, {})
     stated = layout.aliases & holder.keys() or {layout.config_path[-1]}
-    holder.update(dict.fromkeys(stated, max(len(layer.choosable) for layer in plan.layers.values())))
-    for path, value in layout.config_changes.items():
-        _set(config, path.split("."), value)
+    choosable = [len(layer.choosable) for layer in plan.layers.values() if layer.condensed is None]
+    if choosable:
+        holder.update(dict.fromkeys(stated, max(choosable)))
+    for path, value in (layout.config_changes | condensed.config_changes).items():
+        put(config, path, value)
     texts = {
         "pruning_plan.json": plan.to_json(),
-        CARD_NAME: card(plan, layout.left_out),
+        CARD_NAME: card(plan, layout.left_out, condensed_by_code=bool(condensed.widths)),
     }
-    if plan.needs_code:
+    if plan.needs_code or condensed.widths:
         base_class = _stock_class(source)
         constant_rows = {name: constants.rows(layer) for name, layer in plan.layers.items() if layer.constant}
         config |= modelling.describe(
@@ -257,15 +273,12 @@ def _texts(source: Checkpoint, plan: Plan) -> dict[str, str]:
             plan.experts_per_layer,
             config.get("quantization_config"),
             constant_rows,
+            condensed.widths,
         )
-        texts[modelling.FILE_NAME] = modelling.source(base_class, layout.config_path, constants=bool(constant_rows))
+        texts[modelling.FILE_NAME] = modelling.source(
+            base_class, layout.config_path, constants=bool(constant_rows), condensed=bool(condensed.widths)
+        )
     return texts | {"config.json": json.dumps(config, indent=2) + "\n"}
-
-
-def _set(config: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        config = config.setdefault(part, {})
-    config[path[-1]] = value
 
 
 def _stock_class(source: Checkpoint) -> str:
@@ -280,6 +293,7 @@ def _stock_class(source: Checkpoint) -> str:
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(
             f"{source.files.address} brings its own modelling code; only a plan that keeps the same number of experts "
-            "in each layer, and puts no constants in others' places, can be applied to it"
+            "in each layer, puts no constants in others' places, and condenses no layers but those that its config can "
+            "call dense, can be applied to it"
         )
     return AutoModelForCausalLM._model_mapping[type(config)].__name__

@@ -18,6 +18,10 @@ PRUNED_UNEVENLY = (
     "its layers have {counts} experts, which only its own modelling file knows; "
     "calibrate and prune the original that it was made from"
 )
+CONDENSED = (
+    "some of its layers are condensed, which only its own modelling file knows; calibrate and prune the original that "
+    "it was made from"
+)
 UNEVEN = "its layers have {counts} experts; moeprune reads models whose layers have the same number"
 SHARED_ROUTER = "{tensor} belongs to the experts of several layers at once"
 UNKNOWN_COUNT = "no number in its config sets how many routed experts there are"
@@ -30,6 +34,10 @@ QUANTISED_MERGED = (
 QUANTISED_CONSTANTS = (
     "its weights are quantised as {method}, and the modules that compute with these know of no constants; put them "
     "into the unquantised original"
+)
+QUANTISED_CONDENSED = (
+    "its weights are quantised as {method}, which no weighted sum of them would be; condense layers of the unquantised "
+    "original, and quantise the result"
 )
 QUANTISED_SPARSELY = (
     "its weights are quantised as {method}, in which single weights cannot be zeroed; make the unquantised original "

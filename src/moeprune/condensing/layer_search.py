@@ -1,8 +1,9 @@
 """Which layers to condense.
 
-CD-MoE (arXiv 2412.00069, section 3.3): greedily, the layer that moves the model's final hidden states least, those chosen
-before condensed already. A candidate is run on the text batch by batch, and only while what its divergence adds up to is
-the least of all: no divergence is negative, so the first candidate to be done is the nearest, as if all had been run.
+CD-MoE (arXiv 2412.00069, section 3.3): greedily, the layer that moves the model's final hidden states least, those
+chosen before condensed already. A candidate is run on the text batch by batch, and only while what its divergence adds
+up to is the least of all: no divergence is negative, so the first candidate to be done is the nearest, as if all had
+been run.
 """
 
 from __future__ import annotations
