@@ -1,10 +1,11 @@
-"""`moeprune plan ...`: make a Plan, and look at it. What the commands do is in `steps` and `plans`."""
+"""`moeprune plan ...`: make a Plan, and look at it. What the commands do is in `steps` and `plan_views`."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
+from rich.console import RenderableType
 
 from moeprune.cli.app import (
     BlockOption,
@@ -27,6 +28,9 @@ plan = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(plan, name="plan")
+
+PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="the Plan, from `moeprune plan make`")]
+LayerOption = Annotated[str | None, typer.Option(metavar="N", help="this layer alone, in full, by its number or name")]
 
 
 @plan.command()
@@ -80,3 +84,67 @@ def make(
     keep = f"; layers keep {counts[0]} to {counts[-1]}" if counts else ""
     condensed = f"; {len(decided.condensed)} layers are condensed" if decided.condensed else ""
     console.print(f"{out}: removes {decided.removed:.1%} of the experts{keep}{condensed}")
+
+
+@plan.command()
+def show(file: PlanArgument, layer: LayerOption = None) -> None:
+    """Show what a plan keeps of each layer, and how close it was."""
+    from moeprune.plan_views import wording
+    from moeprune.plan_views.show import one_layer, overview
+    from moeprune.steps import plans as step
+
+    shown = step.load(file)
+    _print(one_layer(shown, wording.find_layer(shown, layer)) if layer else overview(shown))
+
+
+@plan.command()
+def diff(
+    one: Annotated[str, typer.Argument(metavar="A", help="a Plan")],
+    other: Annotated[str, typer.Argument(metavar="B", help="another")],
+    layer: LayerOption = None,
+) -> None:
+    """Show what one plan keeps and another does not."""
+    from moeprune.plan_views import wording
+    from moeprune.plan_views.diff import diff as differences
+    from moeprune.steps import plans as step
+
+    in_one, in_other = step.load(one), step.load(other)
+    name = wording.find_layer(in_one, layer) if layer else None
+    if name:
+        wording.find_layer(in_other, name)
+    _print(differences(in_one, in_other, name))
+
+
+@plan.command()
+def export(
+    file: PlanArgument,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="json: layer number -> experts that go; vllm: the profile of its pull requests 37824, 42613",
+        ),
+    ],
+    out: Annotated[str, typer.Option(metavar="FILE", help="where to write the list")],
+) -> None:
+    """Write the list of experts that go, for engines that leave them out as they load the original."""
+    from moeprune.steps import plans as step
+
+    step.export(file, out, form)
+    console.print(f"{out}: written")
+
+
+@plan.command()
+def figure(
+    file: PlanArgument,
+    out: Annotated[str, typer.Option(metavar="FILE", help="where to write the figure, for example plan.png")],
+) -> None:
+    """Draw what becomes of every expert of every layer."""
+    from moeprune.steps import plans as step
+
+    step.figure(file, out)
+    console.print(f"{out}: written")
+
+
+def _print(shown: RenderableType) -> None:
+    console.print(shown, soft_wrap=False, highlight=False)
