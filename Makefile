@@ -12,7 +12,7 @@ S3_PORT     ?= 8333
 export MLFLOW_PORT S3_PORT
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down test families bench lint format compile reference-model lock clean
+.PHONY: help run up down test families bench bench-quality lint format compile reference-model lock clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ families: $(VENV)/ready-dev  ## prune a tiny model of every family, and write do
 bench: $(VENV)/ready-dev build/peer/ready  ## measure speed and memory, alone on the machine; writes benchmarks/results
 	@for name in surgery calibration streaming growth; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	@$(BIN)/python benchmarks/peers.py --peer-python build/peer/bin/python
+
+bench-quality: $(VENV)/ready-dev  ## what every method keeps, at every size; ARGS='--model M --domain NAME=TRAIN,HELD': of yours
+	@$(BIN)/python benchmarks/quality.py --state $(STATE)/quality $(ARGS)
 
 build/peer/ready:
 	@echo "installing llmcompressor into build/peer ..."
