@@ -358,7 +358,8 @@ class TestRefusals:
 
     @pytest.mark.parametrize("what", ["model", "data"])
     def test_stats_of_another(self, what: str, original: Original, tmp_path: Path) -> None:
-        other = replace(original.stats, **{what: "0" * 64})
+        changes: dict[str, Any] = {what: "0" * 64}
+        other = replace(original.stats, **changes)
         match = f"these Stats are of another {what} .* than the plan was made from"
         self.refused(original, plan_of(original, "wanda", "0.5"), other, tmp_path / "out", match)
 
@@ -497,7 +498,11 @@ class TestCommandLine:
     ) -> None:
         original, stats, out = original_of("mixtral"), tmp_path / "stats", tmp_path / "out"
         original.stats.save(stats)
-        arguments = {"baselines": ["wanda", "magnitude"], "baselines_out": str(tmp_path / "baselines"), "data": ""}
+        arguments: dict[str, Any] = {
+            "baselines": ["wanda", "magnitude"],
+            "baselines_out": str(tmp_path / "baselines"),
+            "data": "",
+        }
         places = (str(stats), str(tmp_path / "plan.json"), str(out))
         made = prune(str(original.checkpoint.directory), "moe-pruner", 0.5, *places, **arguments)
         written = [out, tmp_path / "baselines" / "wanda", tmp_path / "baselines" / "magnitude"]
