@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from moeprune.errors import InputError
 from moeprune.fitting import Fitting, is_out_of_memory
 from moeprune.methods import METHODS, make_plan, statistics_for
+from moeprune.methods.base import Trial
 from moeprune.statistics import Stats, collectors
 from moeprune.statistics.calibration import calibrate, make_batches
 from moeprune.statistics.observer import ExpertsCall, observe
@@ -266,7 +267,7 @@ class TestStatisticsOnRequest:
         stats = calibrate(
             InMemoryPass(model), "model", tiny.token_ids(1, blocks=8), statistics=statistics_for([method])
         )
-        plan = make_plan(method, 0.25, stats)
+        plan = make_plan(method, 0.5, stats, trial=lambda: Trial(model, tiny.token_ids(1)))
         assert plan.removed > 0 or plan.sparsity
 
     def test_methods_name_what_is_there(self) -> None:

@@ -56,10 +56,10 @@ class PartialRuns:
 
     @torch.inference_mode()
     def whole(self, batch: int, watching: Mapping[str, Callable[..., None]]) -> Run:
-        """Run the model as it is; `watching`: forward hooks by the name of their module."""
+        """Run the model as it is; `watching`: forward hooks, with keywords, by the name of their module."""
         with ExitStack() as stack:
             for name, hook in watching.items():
-                handle = self.model.get_submodule(name).register_forward_hook(hook)
+                handle = self.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
             return self._run(batch)
 

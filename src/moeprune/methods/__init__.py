@@ -12,6 +12,7 @@ from moeprune.clusters import Clusters
 from moeprune.errors import InputError
 from moeprune.methods import (
     c_prune,
+    cd_moe,
     contribution,
     frequency,
     hc_smoe,
@@ -30,7 +31,8 @@ from moeprune.statistics import Stats
 
 _OF_EXPERTS = (c_prune, reap, contribution, naee, hc_smoe, mone, frequency, random)
 _OF_WEIGHTS = (moe_pruner, wanda, magnitude)
-METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (*_OF_EXPERTS, *_OF_WEIGHTS)}
+_OF_LAYERS = (cd_moe,)
+METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (*_OF_EXPERTS, *_OF_WEIGHTS, *_OF_LAYERS)}
 DEFAULT = "c-prune"
 BASELINES = ("frequency", "random")  # what a result is held against where nothing else is said
 
@@ -60,6 +62,7 @@ def make_plan(
     """
     chosen = find(method)
     check_ratio(ratio)
+    settings = parse_options(chosen, options or {})
     _check_statistics(chosen, stats)
     if chosen.removes == "experts":
         for name, layer in stats.layers.items():
@@ -70,7 +73,6 @@ def make_plan(
         raise InputError("the Clusters were not made from these Stats; make them again with `moeprune cluster`")
     if chosen.uses_clusters and clusters is None:
         clusters = make_clusters(stats)
-    settings = parse_options(chosen, options or {})
     evidence = Evidence(stats, clusters, trial() if chosen.tries and trial else None)
     decided = chosen.decide(evidence, ratio, settings)
     return Plan(
