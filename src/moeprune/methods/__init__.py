@@ -1,4 +1,5 @@
-"""What to cut. One short file per method; to add one, write the file and name it here."""
+"""What to cut. One short file per method; to add one, write the file and name it here, or let a package of yours bring
+it (`registry`)."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ from moeprune.methods import (
     wanda,
 )
 from moeprune.methods.base import Evidence, Method, Trial, count_of
+from moeprune.methods.registry import Registry
 from moeprune.plan import Plan
 from moeprune.router_groups import RouterGroups
 from moeprune.statistics import Stats
@@ -32,7 +34,7 @@ from moeprune.statistics import Stats
 _OF_EXPERTS = (c_prune, reap, contribution, naee, hc_smoe, mone, frequency, random)
 _OF_WEIGHTS = (moe_pruner, wanda, magnitude)
 _OF_LAYERS = (cd_moe,)
-METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (*_OF_EXPERTS, *_OF_WEIGHTS, *_OF_LAYERS)}
+METHODS = Registry(module.METHOD for module in (*_OF_EXPERTS, *_OF_WEIGHTS, *_OF_LAYERS))
 DEFAULT = "c-prune"
 BASELINES = ("frequency", "random")  # what a result is held against where nothing else is said
 
@@ -89,10 +91,8 @@ def make_plan(
 
 
 def find(name: str) -> Method:
-    """Raises InputError for an unknown method, naming the known ones."""
-    if name not in METHODS:
-        raise InputError(f"unknown method {name!r}; known: {', '.join(sorted(METHODS))}")
-    return METHODS[name]
+    """Raises InputError for an unknown method, naming the known ones, and for another package's that cannot be used."""
+    return METHODS.find(name)
 
 
 def statistics_for(methods: Iterable[str]) -> list[str]:
