@@ -17,7 +17,7 @@ from moeprune.condensing.layer_search import nearest_layers
 from moeprune.condensing.partial_runs import PartialRuns
 from moeprune.condensing.sampling import Layer, condensable, run_once
 from moeprune.errors import InputError
-from moeprune.methods.base import Decision, Evidence, Method, Options, count_of
+from moeprune.methods.base import Decision, Evidence, Method, Options, count_of, keep
 from moeprune.plan import LayerPlan
 from moeprune.progress import note, progress
 from moeprune.statistics import LayerStats
@@ -55,8 +55,7 @@ def decide(evidence: Evidence, ratio: float, options: CdMoeOptions) -> Decision:
             nearest = nearest_layers(runs, originals, condensed, count, on_layer)
         chosen = {name: condensed[name] for name in nearest}
         _tell_of_gates(candidates[name] for name in nearest)
-    plans = {name: _plan(layer, gate[name], chosen.get(name)) for name, layer in layers.items()}
-    return Decision(plans, score="mean gate weight")
+    return Decision({name: _plan(layer, chosen.get(name)) for name, layer in layers.items()})
 
 
 def mean_gate(layer: LayerStats) -> list[float]:
@@ -91,15 +90,15 @@ def _tell_of_gates(layers: Iterable[Layer]) -> None:
         )
 
 
-def _plan(layer: LayerStats, gate_E: list[float], condensed: Condensed | None) -> LayerPlan:
-    kept = sorted(condensed.weights) if condensed else range(layer.experts)
+def _plan(layer: LayerStats, condensed: Condensed | None) -> LayerPlan:
+    if condensed is None:
+        return keep(list(range(layer.experts)), layer)
     return LayerPlan(
         experts=layer.experts,
         top_k=layer.top_k,
-        keep=list(kept),
-        condensed=dict(condensed.weights) if condensed else None,
-        shared_scale=condensed.shared_scale if condensed else 1.0,
-        scores=gate_E,
+        keep=sorted(condensed.weights),
+        condensed=dict(condensed.weights),
+        shared_scale=condensed.shared_scale,
     )
 
 
