@@ -12,7 +12,7 @@ S3_PORT     ?= 8333
 export MLFLOW_PORT S3_PORT
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down test families bench bench-quality lint format compile reference-model lock clean
+.PHONY: help run up down test families bench reap-reference bench-quality lint format compile reference-model lock clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ bench: $(VENV)/ready-dev build/peer/ready  ## measure speed and memory, alone on
 
 bench-quality: $(VENV)/ready-dev  ## what every method keeps, at every size; ARGS='--model M --domain NAME=TRAIN,HELD': of yours
 	@$(BIN)/python benchmarks/quality.py --state $(STATE)/quality $(ARGS)
+
+reap-reference: $(VENV)/ready-dev build/peer/ready  ## ask llmcompressor what REAP keeps, for the tests; writes tests/reference
+	@$(BIN)/python benchmarks/reap_reference.py --peer-python build/peer/bin/python
 
 build/peer/ready:
 	@echo "installing llmcompressor into build/peer ..."
