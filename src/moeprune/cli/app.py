@@ -330,15 +330,6 @@ def promote(
         raise typer.Exit(3)
 
 
-@app.command()
-def methods() -> None:
-    """List the methods and their options."""
-    for method in METHODS.values():
-        console.print(f"[bold]{method.name}[/]  {method.summary}")
-        for name, field in method.options.model_fields.items():
-            console.print(f"    --set {name}={field.default}  {field.description}", highlight=False)
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         console.print(moeprune.__version__)
