@@ -168,7 +168,9 @@ def take_apart(model: PreTrainedModel, block: MoeBlock, x_TH: torch.Tensor) -> P
     hook = shared.register_forward_hook(lambda _, __, out: unscaled.append(out.view_as(x_TH))) if shared else None
     try:
         alone_TH, with_routed_TH = run(torch.zeros_like(x_TH)), run(routed_TH)
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # it misses what it is not given in any way it likes
         raise _refusal(block, "its block takes more than hidden states") from error
     finally:
         if hook:

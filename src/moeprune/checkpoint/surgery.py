@@ -39,11 +39,19 @@ from moeprune.statistics import Stats
 
 @dataclass(frozen=True)
 class Written:
-    """The size of a checkpoint that was written: parameters, those made zero, and bytes of its safetensors files."""
+    """A checkpoint that was written.
+
+    Attributes:
+        parameters: how many.
+        zeros: those made zero.
+        bytes_on_disk: of its safetensors files.
+        needs_code: whether it brings a modelling file, without which it does not load.
+    """
 
     parameters: int
     zeros: int
     bytes_on_disk: int
+    needs_code: bool
 
 
 def apply(
@@ -104,6 +112,7 @@ def cut(
         sum(shard.parameters for shard in shards),
         sparsifier.zeros if sparsifier else 0,
         sum(shard.file_bytes for shard in shards),
+        modelling.FILE_NAME in texts,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+from transformers import PreTrainedModel
 
 from moeprune import places, tracking
 from moeprune.atomic import build_beside, refuse_to_overwrite
@@ -15,6 +16,7 @@ from moeprune.checkpoint.unsupported import quantisation
 from moeprune.distillation import Distilled
 from moeprune.distillation import distill as recover
 from moeprune.errors import InputError
+from moeprune.moe_blocks import block_of
 from moeprune.plan import Plan
 from moeprune.progress import progress
 from moeprune.steps import machine
@@ -77,7 +79,7 @@ def distill(
         run.dataset(blocks.name, blocks.address, blocks.fingerprint, "distillation", blocks.tokens)
         device = default_device()
         learner = pruned.load(torch.float32, device)
-        trainable = {name: list(layer.parameters) for name, layer in original.layout.layers.items()}
+        trainable = _trainable(original, learner, decided)
         started = time.monotonic()
         with progress("distill") as on_step:
             result = recover(
@@ -106,3 +108,19 @@ def distill(
                 layer,
             )
         return result
+
+
+def _trainable(original: Checkpoint, learner: PreTrainedModel, plan: Plan) -> dict[str, list[str]]:
+    """By layer, the parameters that learn: of experts and routers, or all of a condensed layer.
+
+    Where the plan condenses layers, those that it leaves as they were have nothing to learn.
+    """
+    trainable = {}
+    for name, layer in original.layout.layers.items():
+        planned = plan.layers[name]
+        if planned.condensed is not None:
+            block = block_of(name)
+            trainable[name] = [f"{block}.{own}" for own, _ in learner.get_submodule(block).named_parameters()]
+        elif planned.drop or not plan.condensed:
+            trainable[name] = list(layer.parameters)
+    return trainable

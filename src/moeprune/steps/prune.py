@@ -32,6 +32,7 @@ class Applied:
     parameters: int
     zeros: int
     bytes_on_disk: int
+    needs_code: bool
 
 
 def plan(
@@ -240,4 +241,4 @@ def _apply(
             "zero_parameters": written.zeros,
         }
     )
-    return Applied(decided, written.parameters, written.zeros, written.bytes_on_disk)
+    return Applied(decided, written.parameters, written.zeros, written.bytes_on_disk, written.needs_code)
