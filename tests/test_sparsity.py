@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moeprune.checkpoint.card import ZEROS_TAKE_ROOM
+from moeprune.checkpoint.files import SINGLE_NAME
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.projections import find_projections
 from moeprune.checkpoint.surgery import apply, cut
@@ -172,7 +173,9 @@ def test_experts_may_go_and_others_become_sparse(original_of: Callable[[str], Or
         }
         whole, cut_down = tmp_path / family / "whole", tmp_path / family / "fewer"
         apply(original.checkpoint, plan, whole, stats=original.stats)
-        apply(original.checkpoint, plan.model_copy(update={"layers": fewer}), cut_down, stats=original.stats)
+        plan = plan.model_copy(update={"layers": fewer})
+        written = cut(original.checkpoint, plan, LocalTarget(cut_down), stats=original.stats)
+        assert written.zeros == sum(int((tensor == 0).sum()) for tensor in load_file(cut_down / SINGLE_NAME).values())
         before, after = load(whole), load(cut_down)
         for name, module in experts_modules(after).items():
             for parameter, tensor in module.named_parameters():
