@@ -93,8 +93,10 @@ class TestShow:
 
     def test_what_else_becomes_of_experts_is_said(self) -> None:
         layers = [
-            LayerPlan(experts=8, top_k=2, keep=[0, 1], merged={1: {1: 0.6, 2: 0.4}}, constant=[4, 7]),
-            LayerPlan(experts=8, top_k=2, keep=[5], condensed={5: 0.125}),
+            LayerPlan(
+                experts=8, top_k=2, keep=[0, 1], merged={1: {1: 0.6, 2: 0.4}}, merged_router=True, constant=[4, 7]
+            ),
+            LayerPlan(experts=8, top_k=2, keep=[5], condensed={5: 0.125}, shared_scale=0.5),
         ]
         plan = make(
             layers,
@@ -108,9 +110,10 @@ class TestShow:
         assert "2 of every 4 weights inside the experts that stay become zero, the lowest by wanda" in joined
         assert "the experts' last projections and the router's rows are fitted" in joined
         first, second = (text(one_layer(plan, name)) for name in plan.layers)
-        assert "1 becomes 0.6 of 1 + 0.4 of 2" in first
+        assert "1 becomes 0.6 of 1 + 0.4 of 2, its router row, too" in first
         assert "4, 7, by their mean output" in first
         assert "no router; for every token 5 times 0.125" in second
+        assert "the shared experts times 0.5" in second
 
     def test_a_layer_in_full(self) -> None:
         layer = LayerPlan(experts=256, top_k=8, keep=list(range(0, 256, 2)), scores=[float(e) for e in range(256)])

@@ -86,4 +86,9 @@ def _table(one: Plan, other: Plan, shown: list[str], most: int | None) -> Table:
 
 def _otherwise(one: LayerPlan, other: LayerPlan) -> str:
     """The other parts of the decision that differ."""
-    return ", ".join(part for part in ("merged", "constant", "condensed") if getattr(one, part) != getattr(other, part))
+    parts = {
+        "merged": lambda layer: (layer.merged, layer.merged_router and bool(layer.merged)),
+        "constant": lambda layer: layer.constant,
+        "condensed": lambda layer: (layer.condensed, layer.shared_scale),
+    }
+    return ", ".join(name for name, part in parts.items() if part(one) != part(other))

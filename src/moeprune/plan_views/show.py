@@ -133,12 +133,14 @@ def _facts(layer: LayerPlan) -> Iterator[tuple[str, str]]:
     yield "drop", wording.ranges(layer.drop)
     for expert, weights in layer.merged.items():
         mean = " + ".join(f"{weight:.3g} of {member}" for member, weight in weights.items())
-        yield "merged", f"{expert} becomes {mean}"
+        yield "merged", f"{expert} becomes {mean}" + (", its router row, too" if layer.merged_router else "")
     if layer.constant:
         yield "constant", f"{wording.ranges(layer.constant)}, by their mean output"
     if layer.condensed is not None:
         factors = ", ".join(f"{expert} times {factor:.3g}" for expert, factor in sorted(layer.condensed.items()))
         yield "condensed", f"no router; for every token {factors or 'none but the shared experts'}"
+        if layer.shared_scale != 1:
+            yield "", f"and the shared experts times {layer.shared_scale:.3g}"
     if (closest := wording.border(layer)) and layer.scores is not None:
         low, high = (
             f"{expert} with {wording.number(layer.scores[expert])}"
