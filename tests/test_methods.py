@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from moeprune.clustering import make_clusters
 from moeprune.errors import InputError
-from moeprune.methods import METHODS, make_plan
-from moeprune.methods.base import count_of
+from moeprune.methods import METHODS, frequency, make_plan
+from moeprune.methods.base import Decision, Evidence, Method, Options, count_of
 from moeprune.methods.voting import ascending, count_votes, fewest_votes_across_layers, representatives
 from moeprune.plan import Plan
 from moeprune.router_groups import RouterGroups
@@ -72,8 +72,9 @@ def test_c_prune_removes_exactly_what_it_should(case: tuple[Stats, Fraction], sh
     layers = list(stats.layers.values())
     experts = layers[0].experts
     layerwise = floor(ratio * Fraction(str(share)) * experts)
-    room = min(int(0.9 * experts), experts - layers[0].top_k)  # most that the global stage leaves a layer to lose
-    expected = min(floor(ratio * experts * len(layers)), len(layers) * max(room, layerwise))
+    # Most that the global stage leaves a layer to lose; more only where all must.
+    room = min(max(int(0.9 * experts), floor(ratio * experts)), experts - layers[0].top_k)
+    expected = min(floor(ratio * experts * len(layers)), len(layers) * room)
     if share == 1:  # uniform: no single layer gives one expert more
         expected = layerwise * len(layers)
     assert removed(plan) == (len(layers) * layerwise if share == 1 else expected)
@@ -88,6 +89,73 @@ def test_c_prune_s_second_stage_adds_to_its_first(case: tuple[Stats, Fraction], 
     first = make_plan("c-prune", float(ratio) * share, stats, options={"layerwise_share": 1, "representative": who})
     for name, layer in both.layers.items():
         assert set(first.layers[name].drop) - set(layer.drop) == set()
+
+
+def test_c_prune_removes_what_was_asked_for_at_extreme_ratios() -> None:
+    stats = tiny.make_stats([list(range(40))] * 2, top_k=1)
+    plan = make_plan("c-prune", 0.975, stats)
+    assert [len(layer.keep) for layer in plan.layers.values()] == [1, 1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases(), allocation=st.sampled_from(["uniform", "global"]))
+def test_c_prune_by_importance_removes_what_it_should(case: tuple[Stats, Fraction], allocation: str) -> None:
+    stats, ratio = case
+    options = {"selection": "importance", "allocation": allocation}
+    plan = make_plan("c-prune", float(ratio), stats, options=options)
+    layers = plan.layers.values()
+    each = floor(ratio * next(iter(layers)).experts)
+    if allocation == "uniform":
+        assert [len(layer.drop) for layer in layers] == [each] * len(layers)
+    else:
+        room = next(iter(layers)).experts - next(iter(layers)).top_k
+        assert len(layers) * each <= removed(plan) <= floor(ratio * sum(layer.experts for layer in layers))
+        assert max(len(layer.drop) for layer in layers) <= room
+
+
+class TestImportance:
+    def test_a_cluster_keeps_one_and_it_has_the_use_of_all(self) -> None:
+        # Experts 0 to 3 put out the same and are used most; 4 to 7 are each alone, in directions of their own.
+        points = torch.zeros(8, 8)
+        points[:4, 0] = 1
+        points[torch.arange(4, 8), torch.arange(1, 5)] = 1
+        stats = tiny.make_stats([[9, 8, 7, 6, 4, 3, 2, 1]], points[None, None])
+        plan = make_plan("c-prune", 0.5, stats, make_clusters(stats, clusters_per_layer=5), {"selection": "importance"})
+        (layer,) = plan.layers.values()
+        assert len(set(layer.keep) & {0, 1, 2, 3}) == 1
+        assert set(layer.keep) >= {4, 5}
+        assert layer.scores is not None
+        (kept,) = set(layer.keep) & {0, 1, 2, 3}
+        variety = 1 - 12 / 56  # 12 of the 56 pairs have the cosine 1, the others 0
+        assert layer.scores[kept] == pytest.approx(30 / 5 * variety)  # a multiple of an even share, 40 / 8
+        assert layer.scores[7] == pytest.approx(1 / 5 * variety)
+
+    def test_a_homogeneous_layer_loses_more(self) -> None:
+        apart = torch.eye(8)
+        alike = torch.eye(8) + 1.5  # all resemble each other, and each other cluster of one as well
+        stats = tiny.make_stats([[1] * 8] * 2, torch.stack([apart, alike])[:, None])
+        options = {"selection": "importance", "allocation": "global"}
+        plan = make_plan("c-prune", 0.25, stats, make_clusters(stats, clusters_per_layer=8), options)
+        assert [len(layer.drop) for layer in plan.layers.values()] == [0, 4]
+
+    def test_how_much_a_layer_is_routed_to_does_not_matter(self) -> None:
+        points = torch.randn(1, 1, 8, 4, generator=torch.Generator().manual_seed(1)).expand(2, 1, 8, 4)
+        stats = tiny.make_stats([[8, 7, 6, 5, 4, 3, 2, 1], [80, 70, 60, 50, 40, 30, 20, 10]], points)
+        plan = make_plan("c-prune", 0.5, stats, options={"selection": "importance", "allocation": "global"})
+        one, other = plan.layers.values()
+        assert one.keep == other.keep
+
+
+def test_a_method_that_removes_fewer_than_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timid(evidence: Evidence, ratio: float, options: Options) -> Decision:
+        return Decision(make_decision(evidence, ratio / 2).layers)
+
+    def make_decision(evidence: Evidence, ratio: float) -> Decision:
+        return frequency.decide(evidence, ratio, Options())
+
+    monkeypatch.setattr("moeprune.methods.find", lambda name: Method("timid", "", timid))
+    with pytest.raises(InputError, match=r"removes only 4 of the 16 .* 0\.5 of them, 8, .* reaches is 0\.25"):
+        make_plan("timid", 0.5, tiny.make_stats([list(range(8))] * 2))
 
 
 @pytest.mark.parametrize(("ratio", "each"), [(0.5, 4), (0.3, 2), (0.74, 5)])

@@ -25,7 +25,7 @@ from moeprune.methods import (
     reap,
     wanda,
 )
-from moeprune.methods.base import Evidence, Method, Trial, count_of
+from moeprune.methods.base import Decision, Evidence, Method, Trial, count_of
 from moeprune.methods.registry import Registry
 from moeprune.plan import Plan
 from moeprune.router_groups import RouterGroups
@@ -59,8 +59,8 @@ def make_plan(
 
     Raises:
         InputError: unknown method or option, a ratio outside its range or one that leaves a layer fewer experts than
-            run for a token, Stats that lack what the method needs, Clusters that were made from other Stats, or no
-            model for a method that tries.
+            run for a token, Stats that lack what the method needs, Clusters that were made from other Stats, no model
+            for a method that tries, or a method that removes fewer experts than were asked for.
     """
     chosen = find(method)
     check_ratio(ratio)
@@ -77,6 +77,8 @@ def make_plan(
         clusters = make_clusters(stats)
     evidence = Evidence(stats, clusters, trial() if chosen.tries and trial else None)
     decided = chosen.decide(evidence, ratio, settings)
+    if chosen.removes == "experts":
+        _check_removed(method, ratio, stats, decided)
     return Plan(
         method=method,
         options=settings.model_dump(),
@@ -98,6 +100,19 @@ def find(name: str) -> Method:
 def statistics_for(methods: Iterable[str]) -> list[str]:
     """What calibration must collect for these methods, sorted. Raises InputError for an unknown method."""
     return sorted(frozenset().union(*(find(name).statistics for name in methods)))
+
+
+def _check_removed(method: str, ratio: float, stats: Stats, decided: Decision) -> None:
+    """Raise InputError where fewer experts go than if each layer lost the ratio's whole number."""
+    layers = stats.layers.values()
+    asked = sum(count_of(ratio, layer.experts, layer.groups) for layer in layers)
+    gone = sum(len(layer.drop) for layer in decided.layers.values())
+    if gone < asked:
+        total = sum(layer.experts for layer in layers)
+        raise InputError(
+            f"{method}, with these options, removes only {gone} of the {total} experts of this model, where {ratio:g} "
+            f"of them, {asked}, were to go; the largest ratio that it reaches is {gone / total:.4g}"
+        )
 
 
 def _check_statistics(method: Method, stats: Stats) -> None:
