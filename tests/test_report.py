@@ -183,6 +183,15 @@ def test_candidates_that_cannot_be_compared_are_refused() -> None:
         report(original, candidate("pruned", [4, 4, 4], (1, 1, 1), quality={"code": quality(1.0)}))
 
 
+def test_layers_without_a_router_are_told() -> None:
+    condensed = candidate("pruned", [8, 8], (1, 4, 0.9), method="cd-moe")
+    measured = report(candidate("original", [8] * 3, (1, 1, 1)), condensed)
+    assert measured.experts_label(condensed) == "8 in 2 layers"
+    text = page.render(measured, {}, {})
+    assert "<td>8 in 2 layers</td>" in text
+    assert "cd-moe condensed 1 of 3 layers" in text
+
+
 def test_ratios_are_against_the_original() -> None:
     measured = report()
     pruned, ignorant = measured.candidate("pruned"), measured.candidate("random")
@@ -197,6 +206,7 @@ def test_ratios_are_against_the_original() -> None:
     assert measured.headline.name == "distilled"
     assert pruned.experts_label == "5-7 (mean 6.0)"
     assert ignorant.experts_label == "4"
+    assert measured.experts_label(ignorant) == "4"
     with pytest.raises(InputError, match="no candidate 'best'; it has: original, pruned"):
         measured.candidate("best")
 

@@ -211,8 +211,8 @@ def apply(
         model, plan, out, stats=stats, shard_bytes=shard_megabytes << 20, trust_remote_code=trust_remote_code
     )
     needs_code = ""
-    if not made.plan.is_uniform:
-        needs_code = "; layers differ, so load it with trust_remote_code=True"
+    if made.needs_code:
+        needs_code = "; it brings a modelling file, so load it with trust_remote_code=True"
     console.print(f"{out}: written{needs_code}")
     if made.plan.sparsity:
         console.print(f"{made.zeros:,} of {made.parameters:,} parameters were made zero. {ZEROS_TAKE_ROOM}")

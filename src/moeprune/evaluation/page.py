@@ -66,8 +66,11 @@ def _summary(report: Report) -> str:
     if headline is original:
         return f"The original was measured alone, on {len(report.domains)} domains; nothing was pruned."
     removed = original.experts - headline.experts
+    condensed, layers = report.condensed_layers(headline), len(original.experts_per_layer)
     method = f"{headline.method} " if headline.method else ""
-    if removed > 0:
+    if condensed:
+        done = f"For {report.domain}, {method}condensed {condensed} of {layers} layers with experts into dense ones"
+    elif removed > 0:
         share = number(100 * removed / original.experts)
         done = f"For {report.domain}, {method}removed {removed:,} of {original.experts:,} routed experts ({share}%)"
     else:

@@ -123,6 +123,15 @@ class Report(_Record):
         known = ", ".join(candidate.name for candidate in self.candidates)
         raise InputError(f"The report has no candidate '{name}'; it has: {known}.")
 
+    def condensed_layers(self, candidate: Candidate) -> int:
+        """How many of the original's layers have no router any more."""
+        return len(self.original.experts_per_layer) - len(candidate.experts_per_layer)
+
+    def experts_label(self, candidate: Candidate) -> str:
+        """The candidate's experts per layer for people, and in how many layers where not in all of the original's."""
+        layers = f" in {len(candidate.experts_per_layer)} layers" if self.condensed_layers(candidate) else ""
+        return candidate.experts_label + layers
+
     def bytes_ratio(self, candidate: Candidate) -> float:
         return candidate.bytes_on_disk / self.original.bytes_on_disk
 

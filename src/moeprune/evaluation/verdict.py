@@ -89,7 +89,7 @@ def _resources(report: Report) -> Group:
             cells.append(Cell(value) if against is None else Cell(value, change(against), _tone(against, lower, noise)))
         return Row(label, tuple(cells))
 
-    experts = Row("experts per layer", tuple(Cell(candidate.experts_label) for candidate in candidates))
+    experts = Row("experts per layer", tuple(Cell(report.experts_label(candidate)) for candidate in candidates))
     parameters, parameters_unit = _in_unit([c.parameters for c in candidates], ((1e9, "B"), (1e6, "M"), (1e3, "K")))
     disk, disk_unit = _in_unit([c.bytes_on_disk for c in candidates], ((1e9, "GB"), (1e6, "MB")))
     memory, memory_unit = _in_unit([c.peak_memory_bytes for c in candidates], ((2.0**30, "GiB"), (2.0**20, "MiB")))
