@@ -12,7 +12,7 @@ S3_PORT     ?= 8333
 export MLFLOW_PORT S3_PORT
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down test families bench reap-reference bench-quality lint format compile reference-model lock clean
+.PHONY: help run up down test families methods bench reap-reference bench-quality lint format compile reference-model lock clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(VENV)/ready-dev  ## the tests, in PROCESSES at once (2)
 
 families: $(VENV)/ready-dev  ## prune a tiny model of every family, and write docs/families.md
 	@$(BIN)/pytest -q tests/test_families.py --write-families
+
+methods: $(VENV)/ready-dev  ## write the tables of docs/methods.md
+	@$(BIN)/pytest -q tests/test_methods_page.py --write-methods
 
 bench: $(VENV)/ready-dev build/peer/ready  ## measure speed and memory, alone on the machine; writes benchmarks/results
 	@for name in surgery calibration streaming growth; do $(BIN)/python benchmarks/$$name.py || exit 1; done

@@ -34,6 +34,9 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-families", action="store_true", help="write docs/families.md from tests/test_families.py")
+    parser.addoption(
+        "--write-methods", action="store_true", help="write the tables of docs/methods.md from the methods"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
