@@ -101,14 +101,14 @@ class TestShow:
         plan = make(
             layers,
             sparsity=Sparsity(pattern="2:4", score="wanda"),
-            recovery=Recovery(ridge=0.01, router=True, shared=False),
+            recovery=Recovery(router=True),
         )
         said = text(overview(plan))
         assert "█+··o··o 1 merged, 2 constant" in said
         assert "condensed" in said
         joined = " ".join(said.split())
         assert "2 of every 4 weights inside the experts that stay become zero, the lowest by wanda" in joined
-        assert "the experts' last projections and the router's rows are fitted" in joined
+        assert "what stays is fitted, after the cut, to what the original puts out (router=True" in joined
         first, second = (text(one_layer(plan, name)) for name in plan.layers)
         assert "1 becomes 0.6 of 1 + 0.4 of 2, its router row, too" in first
         assert "4, 7, by their mean output" in first
@@ -192,7 +192,7 @@ class TestExport:
         ("change", "said"),
         [
             ({"sparsity": Sparsity(pattern="0.5", score="wanda")}, "makes weights zero"),
-            ({"recovery": Recovery(ridge=0.1, router=False, shared=False)}, "fits the experts that stay"),
+            ({"recovery": Recovery(router=False)}, "fits the experts that stay"),
             ({"layers": {"3": LayerPlan(experts=4, top_k=2, keep=[0, 3], constant=[1])}}, "puts mean outputs"),
             ({"layers": {"3": LayerPlan(experts=4, top_k=2, keep=[0, 3], merged={0: {1: 1.0}})}}, "merges experts"),
             ({"layers": {"3": LayerPlan(experts=4, top_k=2, keep=[0], condensed={0: 1.0})}}, "condenses layers"),

@@ -101,10 +101,8 @@ def recovery(plan: Plan) -> str:
     """What is fitted after the cut; empty where nothing is."""
     if plan.recovery is None:
         return ""
-    fitted = ["the experts' last projections"]
-    fitted += ["the router's rows"] if plan.recovery.router else []
-    fitted += ["the shared experts' last projections"] if plan.recovery.shared else []
-    return f"{' and '.join(fitted)} are fitted to stand in for what goes (ridge {plan.recovery.ridge:g})"
+    chosen = ", ".join(f"{name}={value}" for name, value in plan.recovery.model_dump().items())
+    return f"what stays is fitted, after the cut, to what the original puts out ({chosen})"
 
 
 def how_it_was_made(plan: Plan) -> str:
