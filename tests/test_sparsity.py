@@ -479,9 +479,12 @@ class TestCommandLine:
             ("apply", "--model", qwen, "--plan", plan, "--stats", stats, "--out", out),
         ]
         steps[1] += ("--out", plan)
+        outputs = []
         for step in steps:
             code, told, err = run_cli(*step)
             assert code == 0, err
+            outputs.append(told)
+        assert "2 of every 4 weights inside the experts that stay become zero" in outputs[1]
         tensors = load_file(out / "model.safetensors")
         of_experts = [tensor for name, tensor in tensors.items() if ".mlp.experts." in name]
         zeros = sum(int((tensor == 0).sum()) for tensor in of_experts)

@@ -9,8 +9,8 @@ from moeprune.plan import Plan, Sparsity
 
 ZEROS_TAKE_ROOM = (
     "Zeros take as much room as any other number: this checkpoint is as large as it would be without them, and as fast "
-    "where it is served by dense kernels. The compressed-tensors library stored sparse weights in less, but no release "
-    "after 0.14 does, and transformers wants 0.15 or later."
+    "where it is served by dense kernels. The compressed-tensors library could store sparse weights in less, but no "
+    "release after 0.14.0 can, and transformers wants 0.15 or later."
 )
 
 

@@ -62,6 +62,7 @@ def make(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Decide which experts stay, by a method."""
+    from moeprune.plan_views import wording
     from moeprune.steps import prune as step
 
     decided = step.plan(
@@ -83,7 +84,8 @@ def make(
     counts = sorted(decided.experts_per_layer.values())
     keep = f"; layers keep {counts[0]} to {counts[-1]}" if counts else ""
     condensed = f"; {len(decided.condensed)} layers are condensed" if decided.condensed else ""
-    console.print(f"{out}: removes {decided.removed:.1%} of the experts{keep}{condensed}")
+    zeros = f"; {wording.sparsity(decided)}" if decided.sparsity else ""
+    console.print(f"{out}: removes {decided.removed:.1%} of the experts{keep}{condensed}{zeros}")
 
 
 @plan.command()
