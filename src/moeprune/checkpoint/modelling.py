@@ -117,7 +117,9 @@ class _WithConstants:
     """Experts, some of which are constants: what the router gives them is multiplied with their mean outputs."""
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
-        experts, constants = self.num_experts, len(self.constant_CH)
+        constants = len(self.constant_CH)
+        # What is past the last expert runs nothing; but some families' own code does not know of such choices.
+        nobody = 0 if self.config._experts_implementation == "eager" else self.num_experts
         number_R = torch.tensor(self.number_of_row, device=top_k_index.device)
         index_TK = top_k_index.to(torch.int64)
         past_TK = index_TK - constants  # what some routers choose past the last expert stays past the last
@@ -128,7 +130,7 @@ class _WithConstants:
         gate_TC.scatter_add_(1, (-1 - number_TK).clamp(min=0), weight_TK)
         out_TH = super().forward(
             hidden_states,
-            number_TK.masked_fill(constant_TK, experts).to(top_k_index.dtype),
+            number_TK.masked_fill(constant_TK, nobody).to(top_k_index.dtype),
             top_k_weights.masked_fill(constant_TK, 0),
         )
         return out_TH + (gate_TC.to(self.constant_CH.dtype) @ self.constant_CH).to(out_TH.dtype)
