@@ -15,18 +15,18 @@ from transformers import PreTrainedModel
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.surgery import Written, cut
 from moeprune.checkpoint.targets import LocalTarget
-from moeprune.errors import InputError
 from moeprune.evaluation.measure import BATCH_BLOCKS, measure
 from moeprune.methods import find, make_plan, statistics_for
 from moeprune.methods.base import Trial
-from moeprune.plan import Plan
+from moeprune.plan import Plan, Recovery
+from moeprune.recovery import recover_checkpoint
 from moeprune.statistics import Stats
 from moeprune.statistics.calibration import calibrate
 from moeprune.statistics.passes import InMemoryPass
 from moeprune.steps.trial import BLOCKS
 from moeprune.texts import Blocks
 from quality_table.cells import Cell, Key, Original
-from quality_table.rows import RECOVERY, Row
+from quality_table.rows import Row
 from quality_table.texts import MIXTURE, Drawn, Texts
 
 _TIMED_BATCHES = 2  # of the original beside each cell: enough for a rate, a small part of the cell's own time
@@ -107,7 +107,7 @@ class Bench:
         with tempfile.TemporaryDirectory(prefix="candidate-", dir=self._scratch) as scratch:
             started = time.perf_counter()
             pruned = Path(scratch) / "model"
-            written = self._carry_out(plan, stats, pruned)
+            written = self._carry_out(plan, stats, drawn, pruned)
             carry_out_seconds = time.perf_counter() - started
             beside = self._speed_of_original() if drawn.on == MIXTURE else None
             measured = measure(Checkpoint(pruned), self.texts.judged(drawn.on))
@@ -131,13 +131,16 @@ class Bench:
         options = row.options_for(drawn.seed)
         plan = make_plan(row.method, ratio, stats, options=options, trial=(lambda: trial) if trial else None)
         took = time.perf_counter() - started
-        return plan.model_copy(update={"recovery": RECOVERY}) if row.recovered else plan, took
+        return plan.model_copy(update={"recovery": Recovery(router=False)}) if row.recovered else plan, took
 
-    def _carry_out(self, plan: Plan, stats: Stats, out: Path) -> Written:
+    def _carry_out(self, plan: Plan, stats: Stats, drawn: Drawn, out: Path) -> Written:
         """From a Plan to the checkpoint that is measured, all that the Plan says done to it."""
-        if plan.recovery:
-            raise InputError("this release does not recover what is cut")
-        return cut(self.checkpoint, plan, LocalTarget(out), stats=stats)
+        if not plan.recovery:
+            return cut(self.checkpoint, plan, LocalTarget(out), stats=stats)
+        bare = out.with_name("cut")
+        written = cut(self.checkpoint, plan, LocalTarget(bare), stats=stats)
+        recover_checkpoint(self.checkpoint, self._model, Checkpoint(bare), plan, drawn.ids_BS, None, out)
+        return written
 
     def _speed_of_original(self) -> float:
         """Measured as the candidates are, on the first of the same text: what else the machine does slows both."""

@@ -27,6 +27,7 @@ class LayerPlan(BaseModel):
         keep: indices of those that stay, ascending.
         merged: of those that stay, the ones that become a weighted mean of experts, and its weights, by expert.
         merged_router: whether their rows in the router become such means, too.
+        stands_for: of those that stay, the ones that recovery makes of themselves and of others, which go.
         constant: of those that go, the ones that the router may still choose; in their place stands their mean output.
         condensed: where the layer loses its router: the experts that run for every token, and what each is multiplied
             by. They are those in `keep`, and may be fewer than `top_k`.
@@ -41,6 +42,7 @@ class LayerPlan(BaseModel):
     keep: list[int]
     merged: dict[int, dict[int, float]] = {}
     merged_router: bool = False
+    stands_for: dict[int, list[int]] = {}
     constant: list[int] = []
     condensed: dict[int, float] | None = None
     shared_scale: float = 1.0
@@ -62,6 +64,11 @@ class LayerPlan(BaseModel):
             raise ValueError(f"the experts of `merged` must be between 0 and {self.experts - 1}")
         if any(min(weights.values(), default=0) < 0 or not sum(weights.values()) for weights in self.merged.values()):
             raise ValueError("the weights of `merged` must not be negative, and some must be above 0")
+        stood_for = [expert for others in self.stands_for.values() for expert in others]
+        if not self.stands_for.keys() <= set(self.keep) or len(set(stood_for)) < len(stood_for):
+            raise ValueError("`stands_for` names experts that do not stay, or one that goes twice")
+        if not set(stood_for) <= set(self.drop):
+            raise ValueError("`stands_for` names experts that do not go in place of some that stay")
         if not set(self.constant) <= set(self.drop):
             raise ValueError("`constant` names experts that do not go")
         if self.scores is not None and len(self.scores) != self.experts:
@@ -101,19 +108,17 @@ class Sparsity(BaseModel):
 
 
 class Recovery(BaseModel):
-    """How what stays is fitted to stand in for what goes (`recovery`), after the cut.
+    """How what stays is fitted, after the cut, to what the original puts out (`recovery`).
 
     Attributes:
-        ridge: added to the diagonal of the normal equations, as a fraction of its mean.
         router: whether the router's rows are fitted, too.
-        shared: whether the shared experts' last projection is fitted, too.
+        experts: what of the experts is fitted: nothing, or their last projections (`down`).
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    ridge: float
-    router: bool
-    shared: bool
+    router: bool = True
+    experts: Literal["none", "down"] = "down"
 
 
 class Plan(BaseModel):

@@ -219,6 +219,38 @@ def apply(
 
 
 @app.command()
+def recover(
+    model: ModelOption,
+    pruned: Annotated[str, typer.Option(metavar="MODEL", help="what `moeprune apply` made of it by the plan")],
+    plan: PlanOption,
+    data: DataOption,
+    out: Annotated[str, typer.Option(metavar="DIR", help="where to write the recovered model")],
+    text_field: FieldOption = "text",
+    block_tokens: BlockOption = 256,
+    max_blocks: Annotated[int, typer.Option(help="blocks to fit on at most")] = 128,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Fit what a plan left, layer after layer, to what the original puts out: least squares, no training."""
+    from moeprune.steps import recover as step
+
+    result = step.recover(
+        model,
+        pruned,
+        plan,
+        data,
+        out,
+        text_field=text_field,
+        block_tokens=block_tokens,
+        max_blocks=max_blocks,
+        trust_remote_code=trust_remote_code,
+    )
+    before, after = (sum(errors.values()) / len(errors) for errors in (result.error_before, result.error_after))
+    console.print(
+        f"{out}: the experts' outputs on text held out miss {before:.3f} -> {after:.3f} of what they were (squares)"
+    )
+
+
+@app.command()
 def distill(
     teacher: Annotated[str, typer.Option(metavar="MODEL", help="the original model")],
     student: Annotated[str, typer.Option(metavar="MODEL", help="the pruned model")],

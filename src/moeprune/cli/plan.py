@@ -59,6 +59,9 @@ def make(
         str | None, typer.Option(metavar="FILE", help="Clusters; made on the way where not given")
     ] = None,
     settings: SettingOption = None,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="have what stays fitted after the cut, whichever method decides")
+    ] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Decide which experts stay, by a method."""
@@ -79,6 +82,7 @@ def make(
         trial_blocks=max_blocks,
         clusters=clusters,
         options=parse_settings(settings),
+        recover=recover,
         trust_remote_code=trust_remote_code,
     )
     counts = sorted(decided.experts_per_layer.values())

@@ -16,6 +16,7 @@ from moeprune.methods import (
     cd_moe,
     contribution,
     frequency,
+    fuse,
     hc_smoe,
     magnitude,
     moe_pruner,
@@ -31,7 +32,7 @@ from moeprune.plan import Plan
 from moeprune.router_groups import RouterGroups
 from moeprune.statistics import Stats
 
-_OF_EXPERTS = (c_prune, reap, contribution, naee, hc_smoe, mone, frequency, random)
+_OF_EXPERTS = (fuse, c_prune, reap, contribution, naee, hc_smoe, mone, frequency, random)
 _OF_WEIGHTS = (moe_pruner, wanda, magnitude)
 _OF_LAYERS = (cd_moe,)
 METHODS = Registry(module.METHOD for module in (*_OF_EXPERTS, *_OF_WEIGHTS, *_OF_LAYERS))

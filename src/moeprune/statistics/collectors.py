@@ -7,6 +7,7 @@ experts that the call shows (all, or a range of them), H hidden size, G groups t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from moeprune.statistics.observer import ExpertsCall
 
 Index = tuple[int | slice, ...]
 _TOKENS_AT_ONCE = 2048
+_STAND_IN_SHARE = 0.2  # of what the chosen experts cost, how much every expert on a sample of the tokens may
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Collector:
         values: what the call adds there. They must not depend on the order in which threads add.
         counts: whether it holds whole numbers.
         inside: whether it looks at what happens inside the experts.
+        compares: whether it compares experts, and so needs all of a layer at once.
     """
 
     shape: Callable[[Seen], tuple[int, ...]]
@@ -99,6 +102,7 @@ class Collector:
     values: Callable[[Seen], torch.Tensor]
     counts: bool = False
     inside: bool = False
+    compares: bool = False
 
 
 def _routed_tokens(seen: Seen) -> torch.Tensor:
@@ -155,8 +159,7 @@ def _gated_hidden_square(seen: Seen) -> torch.Tensor:
 
 def _overlap(seen: Seen) -> torch.Tensor:
     inside, experts = seen.choices, seen.call.layer_experts
-    if len(seen.call.experts) < experts:
-        raise InputError("the overlap of experts is seen only where all of a layer are in memory; give more of it")
+    _all_in_memory(seen.call)
     expert_N = torch.repeat_interleave(
         torch.arange(experts, device=inside.token_N.device), torch.tensor(inside.counts_R, device=inside.token_N.device)
     )
@@ -177,6 +180,34 @@ def _overlap(seen: Seen) -> torch.Tensor:
                 accumulate=True,
             )
     return overlap_EE
+
+
+def _stand_in(seen: Seen) -> torch.Tensor:
+    """Of a sample of the tokens, evenly from each sequence: every expert runs on it, which is what this costs."""
+    call = seen.call
+    _all_in_memory(call)
+    step = math.ceil(call.layer_experts / (_STAND_IN_SHARE * call.index_TK.shape[-1]))
+    tokens = torch.arange(len(call.x_TH), device=call.x_TH.device)
+    sample_n = tokens[(tokens % seen.mask_BS.shape[1] % step == step // 2) & seen.mask_BS.flatten().to(tokens.device)]
+    index_nK, weight_nK = call.index_TK[sample_n].to(torch.int64), call.weight_TK[sample_n].double()
+    output_nEH = call.every_expert(call.x_TH[sample_n]).float()
+    loss_EE = torch.zeros(call.layer_experts, call.layer_experts, dtype=torch.float64, device=call.x_TH.device)
+    for choice_n, gate_n in zip(index_nK.T, weight_nK.T, strict=True):
+        there_n = choice_n < call.layer_experts
+        own_m, all_mEH, energy_m = choice_n[there_n], output_nEH[there_n], gate_n[there_n].square()
+        own_mH = all_mEH[torch.arange(len(own_m), device=own_m.device), own_m]
+        loss_mE = (all_mEH - own_mH[:, None]).square().sum(-1).double()
+        loss_mE[torch.arange(len(own_m), device=own_m.device), own_m] = own_mH.square().sum(-1).double()
+        loss_EE.index_add_(0, own_m, loss_mE * energy_m[:, None])
+    return loss_EE
+
+
+def _all_in_memory(call: ExpertsCall) -> None:
+    if len(call.experts) < call.layer_experts:
+        raise InputError(
+            "experts are compared with each other, which needs all of a layer in memory at once; give calibration more "
+            "of it, or a method that compares none"
+        )
 
 
 def _per_expert(seen: Seen) -> tuple[int, ...]:
@@ -225,10 +256,19 @@ COLLECTORS = {
         lambda seen: (slice(None), slice(None)),
         _overlap,
         inside=True,
+        compares=True,
+    ),
+    # What is lost where one expert stands in for another on tokens that chose that: in row i, column j, the sum of
+    # g_i^2 |f_i - f_j|^2; on the diagonal, g_i^2 |f_i|^2, where nothing stands in.
+    "stand_in": Collector(
+        lambda seen: (seen.call.layer_experts, seen.call.layer_experts),
+        lambda seen: (slice(None), slice(None)),
+        _stand_in,
+        compares=True,
     ),
 }
 
-OUTSIDE = tuple(name for name, collector in COLLECTORS.items() if not collector.inside)
+OUTSIDE = tuple(name for name, one in COLLECTORS.items() if not (one.inside or one.compares))
 
 
 def find(statistics: Iterable[str]) -> dict[str, Collector]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from moeprune import places, tracking
@@ -17,9 +19,12 @@ from moeprune.checkpoint.shards import SHARD_BYTES
 from moeprune.clusters import Clusters
 from moeprune.methods import find, make_plan, parse_options
 from moeprune.plan import Plan
+from moeprune.plan import Recovery as RecoveryPlan
 from moeprune.progress import progress
 from moeprune.sources import mixture_name
 from moeprune.statistics import Stats
+from moeprune.steps.recover import BLOCKS as RECOVERY_BLOCKS
+from moeprune.steps.recover import Recovery, recovering
 from moeprune.steps.trial import BLOCKS, LoadTrial, trials
 from moeprune.tracking import TrackedRun
 
@@ -50,11 +55,13 @@ def plan(
     trial_blocks: int = BLOCKS,
     clusters: str | None = None,
     options: dict[str, Any] | None = None,
+    recover: bool = False,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Decide which experts stay and put the Plan at `out`. See `methods.make_plan`.
 
     Args:
+        recover: have the plan ask for recovery, whichever method made it.
         ratio, parameters_ratio, size: how much goes, by one of them (`budget.Budget`).
         model: the original; by its headers, all but a ratio of experts become such a ratio. A method that tries what it
             decides loads it.
@@ -75,7 +82,7 @@ def plan(
                     trust_remote_code=trust_remote_code,
                 )
             )
-        return _plan(run, method, budget, stats, out, clusters, options, source, trial)
+        return _plan(run, method, budget, stats, out, clusters, options, source, trial, recover=recover)
 
 
 def apply(
@@ -104,6 +111,7 @@ def prune(
     text_field: str = "text",
     block_tokens: int = 256,
     trial_blocks: int = BLOCKS,
+    recovery_blocks: int = RECOVERY_BLOCKS,
     parameters_ratio: float | None = None,
     size: str | None = None,
     clusters: str | None = None,
@@ -112,10 +120,13 @@ def prune(
     baselines_out: str | None = None,
     trust_remote_code: bool = False,
 ) -> Applied:
-    """`plan` and `apply` as one tracked step, and the same by other methods, to hold the result against.
+    """`plan`, `apply` and, where the plan asks for it, `recover` as one tracked step, and the same by other methods, to
+    hold the result against.
 
     Args:
-        data, text_field, block_tokens, trial_blocks: the text that a method that tries what it decides tries it on.
+        data, text_field, block_tokens: the text that a method that tries what it decides tries it on, and that what
+            stays is fitted on.
+        trial_blocks, recovery_blocks: how much of it, at most.
         ratio, parameters_ratio, size: how much goes, by one of them (`budget.Budget`).
         baselines: methods, each with its default options and asked for the same.
         baselines_out: a directory with a Plan and a checkpoint per baseline, named by its method; made for none, too.
@@ -135,16 +146,24 @@ def prune(
             max_blocks=trial_blocks,
             trust_remote_code=trust_remote_code,
         ) as trial,
+        recovering(
+            model,
+            data,
+            text_field=text_field,
+            block_tokens=block_tokens,
+            max_blocks=recovery_blocks,
+            trust_remote_code=trust_remote_code,
+        ) as recovery,
     ):
         _plan(run, method, budget, stats, plan_out, clusters, options, source, trial)
-        made = _apply(run, source, plan_out, stats, model_out, SHARD_BYTES)
+        made = _carry_out(run, source, plan_out, stats, model_out, recovery)
         if baselines_out:
             with places.output(baselines_out) as path, build_beside(path) as beside:
                 for baseline in dict.fromkeys(baselines):
                     plan_path = beside / f"{baseline}.json"
                     _plan(TrackedRun(), baseline, budget, stats, str(plan_path), clusters, None, source, trial)
                     run.text(plan_path.read_text(), f"baselines/{baseline}.json")
-                    _apply(TrackedRun(), source, str(plan_path), stats, str(beside / baseline), SHARD_BYTES, baseline)
+                    _carry_out(TrackedRun(), source, str(plan_path), stats, str(beside / baseline), recovery, baseline)
         return made
 
 
@@ -163,6 +182,8 @@ def _plan(
     options: dict[str, Any] | None,
     source: Checkpoint | None,
     trial: LoadTrial | None,
+    *,
+    recover: bool = False,
 ) -> Plan:
     with places.output(out) as path, places.local_file(stats) as stats_path:
         loaded_clusters = None
@@ -177,6 +198,8 @@ def _plan(
             )
 
         decided = plan_for(budget, decide, method, evidence, source)
+        if recover and decided.recovery is None:
+            decided = decided.model_copy(update={"recovery": RecoveryPlan(router=False)})
         decided.save(path)
         for tracked in _own_and_pipelines(run):
             tracked.text(decided.to_json(), "plan.json")
@@ -205,6 +228,27 @@ def _say(label: str, text: str) -> None:
 def _streamed(model: str, trust_remote_code: bool) -> Iterator[Checkpoint]:
     with places.streamed_model(model) as (directory, weights):
         yield Checkpoint(directory, trust_remote_code, weights)
+
+
+def _carry_out(
+    run: TrackedRun,
+    source: Checkpoint,
+    plan: str,
+    stats: str,
+    out: str,
+    recovery: Recovery,
+    label: str = "apply",
+) -> Applied:
+    """All that a plan says, recovery too."""
+    with places.local_file(plan) as plan_path:
+        decided = Plan.load(plan_path)
+    if not decided.recovery:
+        return _apply(run, source, plan, stats, out, SHARD_BYTES, label)
+    with places.output(out) as path, tempfile.TemporaryDirectory(prefix="moeprune-") as scratch:
+        cut = Path(scratch) / "cut"
+        made = _apply(run, source, plan, stats, str(cut), SHARD_BYTES, label)
+        recovery(run, Checkpoint(cut), decided, path, label)
+    return made
 
 
 def _apply(

@@ -1,0 +1,84 @@
+"""Routers of fewer experts: each row learns how much its expert and those it stands in for were wanted.
+
+Softmax or sigmoid, a router prefers by logits; that of several experts together is the logarithm of the sum of their
+exponentials. The rows are the least-squares fit of that to the router's inputs.
+
+Axes: T tokens, E experts, K experts that stay, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from moeprune.checkpoint.layout import LayerLayout
+
+_RIDGE = 1e-3  # a fraction of the mean second moment of the inputs
+
+
+@dataclass
+class Watched:
+    """What a layer's router was given and what it made of that, batch after batch: `[T, H]` and `[T, E]`."""
+
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+
+class Routers(TorchFunctionMode):
+    """While it is on, notes what the linear maps of routers are given and give."""
+
+    def __init__(self, model: torch.nn.Module, names: dict[str, str]) -> None:
+        super().__init__()
+        self.seen: dict[str, Watched] = {layer: Watched() for layer in names}
+        self._layers = {model.get_parameter(name).data_ptr(): layer for layer, name in names.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear and (layer := self._layers.get(args[1].data_ptr())):
+            self.seen[layer].inputs.append(args[0].detach().flatten(0, -2))
+            self.seen[layer].logits.append(out.detach().flatten(0, -2))
+        return out
+
+
+def names_of(layers: dict[str, LayerLayout]) -> dict[str, str]:
+    """Layer -> its router's weight, where it has one that is a matrix with a row for each expert."""
+    found = {}
+    for layer, layout in layers.items():
+        outside = [name for name, axis in layout.parameters.items() if not name.startswith(f"{layer}.") and axis == 0]
+        weights = [name for name in outside if name.endswith("weight")]
+        if len(weights) == 1:
+            found[layer] = weights[0]
+    return found
+
+
+def fit(
+    watched: Watched, counts: Sequence[torch.Tensor], groups: Sequence[Sequence[int]], *, bias: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows, and biases where the router has them, for experts that stand for several.
+
+    A softmax does not see what all logits have in common, so neither does the fit.
+
+    Args:
+        counts: bool `[T]` for each batch; False is padding.
+        groups: for each expert that stays, the originals it stands for, itself included.
+
+    Returns:
+        `[K, H]` and `[K]` or None, float32.
+    """
+    size = watched.inputs[0].shape[1] + bias
+    moment, target = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, len(groups)).double()
+    for x_TH, logits_TE, counts_T in zip(watched.inputs, watched.logits, counts, strict=True):
+        x_TH, logits_TE = x_TH[counts_T].float(), logits_TE[counts_T].float()
+        if bias:
+            x_TH = torch.cat([x_TH, torch.ones_like(x_TH[:, :1])], dim=1)
+        wanted_TK = torch.stack([logits_TE[:, list(members)].logsumexp(1) for members in groups], dim=1)
+        wanted_TK -= wanted_TK.mean(1, keepdim=True)
+        moment += (x_TH.T @ x_TH).double().cpu()
+        target += (x_TH.T @ wanted_TK).double().cpu()
+    moment.diagonal().add_(_RIDGE * moment.diagonal().mean())
+    row_KH = torch.linalg.solve(moment, target).T.float()
+    return (row_KH[:, :-1], row_KH[:, -1]) if bias else (row_KH, None)
