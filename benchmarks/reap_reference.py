@@ -3,7 +3,7 @@
     make reap-reference         (or: python benchmarks/reap_reference.py --peer-python build/peer/bin/python)
 
 Models and tokens are made from a seed, by generators whose numbers are the same in every release
-(`tests/reap_reference.py`). `llmcompressor` prunes each at several ratios, and what it keeps, layer by layer, goes into
+(`tests/reap_models.py`). `llmcompressor` prunes each at several ratios, and what it keeps, layer by layer, goes into
 `tests/reference/reap.json` with the versions that said so. `tests/test_reap_reference.py` then needs no llmcompressor.
 
 It runs each model as a whole (its pipeline `basic`). By default it goes layer by layer, and shows each layer what the
@@ -27,7 +27,7 @@ from measuring import run
 from moeprune.steps import machine
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import reap_reference as reference
+import reap_models as reference
 import tiny
 
 _PEER = Path(__file__).parent / "peer_reap_kept.py"

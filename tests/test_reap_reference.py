@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import reap_reference as reference
+import reap_models as reference
 
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.methods import make_plan, statistics_for
