@@ -105,9 +105,10 @@ def layer_ticks(axis: Axis, layers: Sequence[str], inches: float, per_inch: floa
     axis.set_ticks(range(0, len(layers), step), labels=labels[::step], fontsize=7.5)
 
 
-def domain_title(panel: Axes, domain: str, pruned_for: str) -> None:
-    if domain == pruned_for:
-        panel.set_title(f"{short(domain)} (pruned for)", color=ACCENT, fontweight="bold")
+def domain_title(panel: Axes, domain: str, target: str, target_is: str = "pruned for") -> None:
+    if domain == target:
+        told = f" ({target_is})" if target_is else ""
+        panel.set_title(short(domain) + told, color=ACCENT, fontweight="bold")
     else:
         panel.set_title(short(domain))
 

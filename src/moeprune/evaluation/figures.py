@@ -26,6 +26,7 @@ from moeprune.evaluation.report import Candidate, Report
 
 Similarity = Mapping[str, tuple[NDArray[Any], NDArray[Any]]]  # layer -> (cosine_EE, cluster label_E)
 Keep = Mapping[str, Sequence[int]]  # layer -> experts that were kept
+Use = Mapping[str, Mapping[str, Sequence[float]]]  # domain -> layer -> each expert's share of the tokens
 
 MAX_PANELS = 60  # of one figure; of more layers, evenly spaced ones are shown
 RASTER_BUDGET = 400_000  # cells of all heat maps of a figure together, so that the page stays small
@@ -185,16 +186,24 @@ def experts_kept(report: Report) -> Figure:
     return figure
 
 
-@drawing.styled
 def expert_use(report: Report, keep: Keep | None = None) -> Figure:
+    """`use_by_domain` of the report's original, the pruned-for domain first."""
+    return use_by_domain(report.expert_use, report.domain, keep, target_is="pruned for")
+
+
+@drawing.styled
+def use_by_domain(use: Use, target: str, keep: Keep | None = None, *, target_is: str = "") -> Figure:
     """A heat map per domain, layers by experts: how much each expert is used, as a multiple of an even share.
 
-    Each layer's experts are in the order of their use on the pruned-for domain, in every panel. A line goes through the
+    Each layer's experts are in the order of their use on the target domain, in every panel. A line goes through the
     experts of a layer in `keep` that are not kept.
+
+    Args:
+        target_is: said of the target in its title.
     """
-    domains = sorted(report.expert_use, key=lambda domain: domain != report.domain)  # stable: that one first
-    layers = sorted(report.expert_use[domains[0]], key=layer_names.natural)
-    order = {layer: np.argsort(-np.asarray(report.expert_use[domains[0]][layer]), kind="stable") for layer in layers}
+    domains = sorted(use, key=lambda domain: domain != target)  # stable: that one first
+    layers = sorted(use[domains[0]], key=layer_names.natural)
+    order = {layer: np.argsort(-np.asarray(use[domains[0]][layer]), kind="stable") for layer in layers}
     widest = max(len(each) for each in order.values())
     columns = 1 if widest > 40 else min(len(domains), 2 if widest > 20 else 3)
     rows = math.ceil(len(domains) / columns)
@@ -203,8 +212,8 @@ def expert_use(report: Report, keep: Keep | None = None) -> Figure:
     for panel, domain in zip(axes, domains, strict=True):
         use_LE = np.full((len(layers), widest), np.nan)
         for row, layer in enumerate(layers):
-            use = np.asarray(report.expert_use[domain][layer], dtype=float)[order[layer]]
-            use_LE[row, : use.size] = use / (use.mean() or 1.0)
+            use_E = np.asarray(use[domain][layer], dtype=float)[order[layer]]
+            use_LE[row, : use_E.size] = use_E / (use_E.mean() or 1.0)
         image = panel.imshow(use_LE, cmap=drawing.colours(), vmin=0, vmax=3, aspect="auto")
         if keep is not None:
             kept = [np.isin(order[layer], keep.get(layer, order[layer])) for layer in layers]
@@ -216,9 +225,9 @@ def expert_use(report: Report, keep: Keep | None = None) -> Figure:
                     panel.text(place, row, str(expert), ha="center", va="center", fontsize=6.5, color=ink)
         drawing.layer_ticks(panel.yaxis, layers, panel_height)
         panel.set_xticks([])
-        panel.set_xlabel(f"experts, most used on {short(report.domain)} first", loc="left", fontsize=7.5)
+        panel.set_xlabel(f"experts, most used on {short(target)} first", loc="left", fontsize=7.5)
         panel.spines[:].set_visible(False)
-        drawing.domain_title(panel, domain, report.domain)
+        drawing.domain_title(panel, domain, target, target_is)
     for first in axes[::columns]:
         first.set_ylabel("layer")
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.35, aspect=45, extend="max", pad=0.02)
