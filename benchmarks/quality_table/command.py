@@ -20,6 +20,7 @@ from moeprune.checkpoint.loading import Checkpoint
 from moeprune.errors import InputError, ServiceError
 from moeprune.evaluation.measure import BATCH_BLOCKS
 from moeprune.methods import check_ratio
+from moeprune.services.signals import raised
 from moeprune.steps.machine import quieten
 from quality_table import tables
 from quality_table.cells import Store
@@ -35,7 +36,8 @@ def main(description: str) -> None:
     options = _parser(description).parse_args()
     quieten()
     try:
-        failed = run(options)
+        with raised():
+            failed = run(options)
     except (InputError, ServiceError) as error:
         sys.exit(f"quality: {error}")
     except KeyboardInterrupt:

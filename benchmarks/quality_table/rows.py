@@ -10,10 +10,8 @@ from typing import Any
 from moeprune.errors import InputError
 from moeprune.methods import METHODS, find, parse_options
 from moeprune.methods.sparse import UNSTRUCTURED
-from moeprune.plan import Recovery
 from moeprune.sparsity import parse_pattern
 
-RECOVERY = Recovery(ridge=0.01, router=False, shared=False)  # of a row that asks for it beside its method
 _MARK = "+recovery"
 
 

@@ -15,6 +15,9 @@ from quality_table.rows import Row, amount
 from quality_table.texts import MIXTURE
 
 _NONE = "\N{EN DASH}"
+_ZEROS = (
+    "\n\nZeros are stored like other weights: they do not make the file smaller, nor, by themselves, the model faster."
+)
 
 
 def everything(results: Results, rows: Sequence[Row], domains: Sequence[str]) -> str:
@@ -63,6 +66,7 @@ def _overview(results: Results, rows: Sequence[Row], ratios: Sequence[float], re
     return (
         f"## {removes.capitalize()} removed: how much the loss increases, mean over the domains, nats per token\n\n"
         + table(lines)
+        + (_ZEROS if removes == "weights" else "")
     )
 
 
