@@ -42,17 +42,21 @@ class Neurons:
         return Neurons(self.first_IPH[chosen], bias_IP, self.down_IH[chosen], self.down_bias_H)
 
 
+@torch.no_grad()
 def read(module: torch.nn.Module, expert: int) -> Neurons:
-    """The neurons of one of a module's experts."""
+    """The neurons of one of a module's experts; copies."""
     name = _first_name(module)
-    first = cast(torch.Tensor, getattr(module, name))[expert].float()
-    bias = cast(torch.Tensor, getattr(module, f"{name}_bias"))[expert].float() if module.has_bias else None
+    first = _copy(getattr(module, name)[expert])
     return Neurons(
         _by_neuron(module, first.T if module.is_transposed else first),
-        None if bias is None else _by_neuron(module, bias),
-        down_weight(module, expert).float().T,
-        cast(torch.Tensor, module.down_proj_bias)[expert].float() if module.has_bias else None,
+        _by_neuron(module, _copy(getattr(module, f"{name}_bias")[expert])) if module.has_bias else None,
+        _copy(down_weight(module, expert)).T,
+        _copy(cast(torch.Tensor, module.down_proj_bias)[expert]) if module.has_bias else None,
     )
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float32, copy=True)
 
 
 @torch.no_grad()
