@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -67,6 +67,10 @@ def condense(source: Checkpoint, plan: Plan) -> CondensedLayers:
         return NOTHING_CONDENSED
     if method := quantisation(source.config):
         raise refusal(source.config, QUANTISED_CONDENSED.format(method=method))
+    if len(plan.condensed) == len(plan.layers):
+        raise InputError(
+            "the plan condenses every layer, and no Mixture-of-Experts would be left; keep a router in one"
+        )
     model = build_without_weights(source.config)
     layers = {name: _Layer(source, model, name, layer) for name, layer in plan.condensed.items()}
     widths = {name: layer.width for name, layer in layers.items()}
@@ -109,7 +113,7 @@ class _Layer:
         """Shared and routed experts, one below the other."""
         dtype = self._files.dtype(like)
         row_bytes = self._hidden * dtype.itemsize
-        if shared := self._shared_names():
+        if shared := self._shared_names:
             rows = self._files.entries[shared[role]].shape[0]
             yield Values(rows * row_bytes, partial(self._read_shared, shared[role], dtype))
         for expert in self._weight_of:
@@ -123,7 +127,7 @@ class _Layer:
         """Shared and routed experts side by side, each times its constant."""
         down_HI = torch.empty(self._hidden, self.width, dtype=dtype)
         start = 0
-        if shared := self._shared_names():
+        if shared := self._shared_names:
             part_HI = self._files.read([shared["down"]])[shared["down"]]
             down_HI[:, : part_HI.shape[1]] = part_HI.float() * self._shared_scale
             start = part_HI.shape[1]
@@ -141,10 +145,11 @@ class _Layer:
 
     def _like(self) -> str:
         """A stored tensor of whose dtype the dense layer's are."""
-        if shared := self._shared_names():
+        if shared := self._shared_names:
             return shared["down"]
         return next(iter(self._named({f"{self._name}.down_proj": self._model.get_submodule(self._name).down_proj})))
 
+    @cached_property
     def _shared_names(self) -> dict[Role, str] | None:
         """Under which names the shared expert's weights are stored."""
         mlp = self._block.shared_mlp
@@ -189,7 +194,7 @@ class _Layer:
         module = self._model.get_submodule(self._name)
         down = module.down_proj
         hidden = down.shape[-1] if module.is_transposed else down.shape[-2]
-        shared = self._shared_names()
+        shared = self._shared_names
         return int(hidden), self._files.entries[shared["gate"]].shape[0] if shared else 0
 
 
