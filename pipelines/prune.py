@@ -51,6 +51,7 @@ def prune(
     cluster_algorithm: str = "ward",
     clusters_per_layer: str = "published",
     trial_blocks: int = 8,
+    recovery_blocks: int = 128,
     distillation_blocks: int = 384,
     evaluation_blocks: int = 32,
     learning_rate: float = 1e-3,
@@ -92,9 +93,10 @@ def prune(
         clusters_per_layer: How many clusters of experts: a number, published (12 for every 64 experts), or auto (for
             each layer what suits it best, by the silhouette).
         trial_blocks: Blocks to try decisions on at most, where the method does that (cd-moe).
-        distillation_blocks: Blocks to recover on at most.
+        recovery_blocks: Blocks to fit what stays on at most, by least squares, where the method asks for that (fuse).
+        distillation_blocks: Blocks to distill on at most.
         evaluation_blocks: Blocks of each held-out text to measure on at most.
-        learning_rate: Of the recovery, its peak.
+        learning_rate: Of the distillation, its peak.
         registered_model: Name of the model in the registry.
         max_loss_increase_nats: The most that the result may lose on the domain, in nats per token, to be registered.
         trust_remote_code: Run modelling code that the model brings along.
@@ -145,6 +147,7 @@ def prune(
         baselines=baselines,
         data=data,
         trial_blocks=trial_blocks,
+        recovery_blocks=recovery_blocks,
         **texts,
     )
     recovered = distill(

@@ -21,6 +21,7 @@ def global_prune(
     text_field: str = "text",
     block_tokens: int = 256,
     trial_blocks: int = 8,
+    recovery_blocks: int = 128,
     trust_remote_code: bool = False,
 ) -> None:
     """Decide which experts of which layers stay, and write the model without the others.
@@ -29,7 +30,8 @@ def global_prune(
         model: The original model, as given to calibrate.
         stats: What its experts do, from calibrate.
         clusters: Which experts are alike, from cluster.
-        data: Text of the domain, as for calibrate; read where a method tries what it decides.
+        data: Text of the domain, as for calibrate; read where a method tries what it decides, or has what stays
+            fitted.
         method: How to choose: c-prune, frequency, random; `moeprune methods` lists them all with their options.
         ratio: Fraction of the routed experts to remove, at least 0 and below 1. The next two, where given, take its
             place.
@@ -40,7 +42,8 @@ def global_prune(
             ratio or size, with its default options.
         text_field: Field of JSONL or Parquet that holds the text.
         block_tokens: Tokens per block.
-        trial_blocks: Blocks to read at most.
+        trial_blocks: Blocks to try on, at most.
+        recovery_blocks: Blocks to fit what stays on, at most, where the method asks for that.
         trust_remote_code: Run modelling code that the model brings along.
 
     Returns:
@@ -61,6 +64,7 @@ def global_prune(
         text_field=text_field,
         block_tokens=block_tokens,
         trial_blocks=trial_blocks,
+        recovery_blocks=recovery_blocks,
         parameters_ratio=parameters_ratio,
         size=size,
         clusters=clusters.path,
