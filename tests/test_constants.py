@@ -235,7 +235,7 @@ class TestRefusals:
         with pytest.raises(InputError, match="takes numbers from the Stats"):
             apply(source, plan, tmp_path / "out")
         other = calibrate(InMemoryPass(model_of("qwen2_moe")), source.fingerprint, tiny.token_ids(5))
-        with pytest.raises(InputError, match="Stats are of another data"):
+        with pytest.raises(InputError, match="Stats are of other data"):
             apply(source, plan, tmp_path / "out", stats=other)
         for layer in stats.layers.values():
             del layer.sums["output"]

@@ -70,10 +70,15 @@ def test_what_was_edited_is_what_is_applied(
         ),
         (lambda layers: layers.pop(LAYERS[1]), f"does not say what becomes of {LAYERS[1]}"),
         (lambda layers: layers.update(extra=layers[LAYERS[1]]), "names the layer extra, which .* does not have"),
-        (lambda layers: layers[LAYERS[1]].update(kept=[1]), rf"layers\.{LAYERS[1]}\.kept: Extra inputs"),
-        (lambda layers: layers[LAYERS[1]].update(keep=[0, 8]), "between 0 and 7"),
+        (lambda layers: layers[LAYERS[1]].update(kept=[1]), rf"layers\.{LAYERS[1]}\.kept: not known"),
+        (
+            lambda layers: layers[LAYERS[1]].update(keep=[0, 8]),
+            rf"layers\.{LAYERS[1]}: `keep` must be .* 0 and 7",
+        ),
+        (lambda layers: layers[LAYERS[1]].update(constant=[7]), rf"layers\.{LAYERS[1]}: `constant` names experts that"),
+        (lambda layers: layers[LAYERS[1]].update(keep="all"), rf"layers\.{LAYERS[1]}\.keep: Input should be"),
     ],
-    ids=["top_k", "experts", "missing layer", "unknown layer", "unknown field", "unknown expert"],
+    ids=["top_k", "experts", "missing", "unknown", "unknown field", "unknown expert", "not gone", "no list"],
 )
 def test_an_edit_that_cannot_be_followed_is_refused(change: Edit, said: str, made: Path, qwen: Path) -> None:
     edit(made, change)
@@ -85,3 +90,15 @@ def test_an_edit_that_cannot_be_followed_is_refused(change: Edit, said: str, mad
 def test_how_many_run_for_a_token_is_found(family: str, checkpoint_of: Callable[[str], Path]) -> None:
     layout = Checkpoint(checkpoint_of(family)).layout
     assert {layer.top_k for layer in layout.layers.values()} == {tiny.TOP_K}
+
+
+def test_a_plan_of_another_version_says_so(made: Path) -> None:
+    made.write_text(made.read_text().replace('"moeprune_plan": 2', '"moeprune_plan": 1'))
+    with pytest.raises(InputError, match="another version of moeprune; make it again"):
+        Plan.load(made)
+
+
+def test_what_is_no_plan_at_all_says_how_to_get_one(tmp_path: Path) -> None:
+    (tmp_path / "stats").write_bytes(b"\xc0\xff")
+    with pytest.raises(InputError, match="make one with `moeprune plan make`"):
+        Plan.load(tmp_path / "stats")

@@ -359,11 +359,11 @@ class TestRefusals:
     def test_magnitude_takes_no_stats(self, original: Original, tmp_path: Path) -> None:
         assert apply(original.checkpoint, plan_of(original, "magnitude", "0.5"), tmp_path / "out").files.entries
 
-    @pytest.mark.parametrize("what", ["model", "data"])
-    def test_stats_of_another(self, what: str, original: Original, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("what", "said"), [("model", "another model"), ("data", "other data")])
+    def test_stats_of_another(self, what: str, said: str, original: Original, tmp_path: Path) -> None:
         changes: dict[str, Any] = {what: "0" * 64}
         other = replace(original.stats, **changes)
-        match = f"these Stats are of another {what} .* than the plan was made from"
+        match = f"these Stats are of {said} .* than the plan was made from"
         self.refused(original, plan_of(original, "wanda", "0.5"), other, tmp_path / "out", match)
 
     def test_stats_that_were_collected_for_another_method(self, original: Original, tmp_path: Path) -> None:
@@ -378,6 +378,9 @@ class TestRefusals:
     def test_a_width_that_does_not_divide(self, original: Original, tmp_path: Path) -> None:
         match = r"layers\.0\.mlp\.experts\.\d\.\w+_proj\.weight cannot be made sparse: rows of 32 weights .*groups of 5"
         self.refused(original, plan_of(original, "wanda", "2:5"), original.stats, tmp_path / "out", match)
+        # Where the Stats know the widths, no plan is made.
+        with pytest.raises(InputError, match="cannot be made sparse: rows of 32 weights .* choose another pattern"):
+            make_plan("wanda", 0.4, original.stats, options={"pattern": "2:5"})
 
     def test_zeros_in_what_else_changes(self, original: Original, tmp_path: Path) -> None:
         plan = plan_of(original, "magnitude", "0.5")
@@ -385,7 +388,7 @@ class TestRefusals:
         merged = layer.model_copy(update={"merged": {0: {0: 1.0, 1: 1.0}}})
         for changes, what in (
             ({"layers": {**plan.layers, name: merged}}, "merges experts"),
-            ({"recovery": Recovery(ridge=0.1, router=False, shared=False)}, "fits what stays"),
+            ({"recovery": Recovery()}, "fits what stays"),
         ):
             match = f"the plan {what} and makes weights zero"
             self.refused(original, plan.model_copy(update=changes), original.stats, tmp_path / "out", match)

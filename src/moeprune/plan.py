@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 from moeprune.atomic import write_beside
 from moeprune.errors import InputError
 from moeprune.sparsity import ENERGY, Score, parse_pattern
+from moeprune.validation import complaint
 
 
 class LayerPlan(BaseModel):
@@ -200,8 +201,9 @@ class Plan(BaseModel):
         try:
             return cls.model_validate_json(path.read_text())
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"the plan {path} cannot be read: {error}") from error
+            raise InputError(f"the plan {path} cannot be read ({error}); make one with `moeprune plan make`") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"{path} is not a valid plan: {where + ': ' if where else ''}{first['msg']}") from error
+            where, wrong = complaint(error)
+            if where == "moeprune_plan":
+                wrong = "it was made by another version of moeprune; make it again with `moeprune plan make`"
+            raise InputError(f"{path} is not a valid plan: {where + ': ' if where else ''}{wrong}") from error

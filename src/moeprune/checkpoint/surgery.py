@@ -163,7 +163,7 @@ def _check_stats(plan: Plan, stats: Stats | None) -> None:
     if stats is not None and (stats.model, stats.data) != (plan.model, plan.data):
         what = "model" if stats.model != plan.model else "data"
         raise InputError(
-            f"these Stats are of another {what} (fingerprint {getattr(stats, what)[:12]}) than the plan was made from "
+            f"these Stats are of {'another model' if what == 'model' else 'other data'} (fingerprint {getattr(stats, what)[:12]}) than the plan was made from "
             f"({getattr(plan, what)[:12]}); give those that the plan was made from"
         )
 

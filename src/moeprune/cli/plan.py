@@ -86,7 +86,7 @@ def make(
         trust_remote_code=trust_remote_code,
     )
     counts = sorted(decided.experts_per_layer.values())
-    keep = f"; layers keep {counts[0]} to {counts[-1]}" if counts else ""
+    keep = f"; layers keep {counts[0]}" + (f" to {counts[-1]}" if counts[-1] > counts[0] else "") if counts else ""
     condensed = f"; {len(decided.condensed)} layers are condensed" if decided.condensed else ""
     zeros = f"; {wording.sparsity(decided)}" if decided.sparsity else ""
     console.print(f"{out}: removes {decided.removed:.1%} of the experts{keep}{condensed}{zeros}")

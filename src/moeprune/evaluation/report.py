@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moeprune.atomic import write_beside
 from moeprune.errors import InputError
+from moeprune.validation import complaint
 
 VERSION = 1
 
@@ -183,6 +184,6 @@ class Report(_Record):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the whole"
-            raise InputError(f"The report {path} is damaged at {where}: {first['msg']}. Evaluate again.") from None
+            where, wrong = complaint(error)
+            where = where or "the whole"
+            raise InputError(f"The report {path} is damaged at {where}: {wrong}. Evaluate again.") from None

@@ -31,6 +31,7 @@ from moeprune.methods.registry import Registry
 from moeprune.plan import Plan
 from moeprune.router_groups import RouterGroups
 from moeprune.statistics import Stats
+from moeprune.validation import complaint
 
 _OF_EXPERTS = (fuse, c_prune, reap, contribution, naee, hc_smoe, mone, frequency, random)
 _OF_WEIGHTS = (moe_pruner, wanda, magnitude)
@@ -150,8 +151,6 @@ def parse_options(method: Method, options: dict[str, Any]) -> Any:
     try:
         return method.options.model_validate(options)
     except ValidationError as error:
-        first = error.errors()[0]
+        where, wrong = complaint(error)
         known = ", ".join(method.options.model_fields) or "none"
-        raise InputError(
-            f"option {'.'.join(map(str, first['loc']))} of {method.name}: {first['msg']}; its options: {known}"
-        ) from error
+        raise InputError(f"option {where} of {method.name}: {wrong}; its options: {known}") from error

@@ -13,7 +13,8 @@ from pydantic import Field, field_validator
 from moeprune.errors import InputError
 from moeprune.methods.base import Decision, Evidence, Method, Options, keep
 from moeprune.plan import Sparsity
-from moeprune.sparsity import ENERGY, Score, parse_pattern
+from moeprune.sparsity import ENERGY, Score, compared, parse_pattern
+from moeprune.statistics import LayerStats
 
 UNSTRUCTURED = "unstructured"
 _RATIO_TOLERANCE = 5e-4  # a third is not a decimal number
@@ -43,6 +44,8 @@ def sparse_method(score: Score, summary: str) -> Method:
 def _decide(score: Score) -> Callable[[Evidence, float, SparseOptions], Decision]:
     def decide(evidence: Evidence, ratio: float, options: SparseOptions) -> Decision:
         sparsity = Sparsity(pattern=_pattern(ratio, options), score=score)
+        for name, layer in evidence.stats.layers.items():
+            _check_widths(name, layer, sparsity)
         layers = evidence.stats.layers.items()
         return Decision(
             {name: keep(list(range(layer.experts)), layer) for name, layer in layers},
@@ -50,6 +53,15 @@ def _decide(score: Score) -> Callable[[Evidence, float, SparseOptions], Decision
         )
 
     return decide
+
+
+def _check_widths(name: str, layer: LayerStats, sparsity: Sparsity) -> None:
+    """Raise InputError where a pattern N:M does not divide what goes into the experts, as far as statistics tell it."""
+    for statistic in ENERGY[sparsity.score].values():
+        try:
+            compared(sparsity.pattern, layer.sums[statistic].limbs.shape[-1])
+        except ValueError as error:
+            raise InputError(f"the experts of {name} cannot be made sparse: {error}; choose another pattern") from error
 
 
 def _pattern(ratio: float, options: SparseOptions) -> str:
