@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import condensing
+import authors_cd_moe as by_authors
 import pytest
 import tiny
 import torch
@@ -41,8 +41,8 @@ def decide(model: PreTrainedModel, ratio: float, **options: object) -> Plan:
 def test_the_choice_is_the_authors(family: str, model_of: ModelOf) -> None:
     model = model_of(family)
     stats = stats_of(model)
-    scales = condensing.shared_scales(model, IDS_BS)
-    authors = condensing.Authors(model, IDS_BS, scales)
+    scales = by_authors.shared_scales(model, IDS_BS)
+    authors = by_authors.Authors(model, IDS_BS, scales)
     condensed = {}
     for name, layer in stats.layers.items():
         gate_E = mean_gate(layer)
@@ -108,11 +108,11 @@ def test_where_layers_pass_on_more_the_model_is_run_as_a_whole(
 def test_divergence() -> None:
     one_TH, other_TH = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0)) * 3
     found_T = divergence(one_TH, other_TH)
-    assert found_T.mean().item() == pytest.approx(condensing.jensen_shannon(one_TH, other_TH), rel=1e-5)
+    assert found_T.mean().item() == pytest.approx(by_authors.jensen_shannon(one_TH, other_TH), rel=1e-5)
     assert torch.allclose(found_T, divergence(other_TH, one_TH))
     assert divergence(one_TH, one_TH + 5).max() < 1e-6  # a softmax does not see it
     certain_TH = torch.eye(2)[:, :, None].flatten(1) * 100
-    assert divergence(certain_TH[:1], certain_TH[1:]).item() == pytest.approx(condensing.LOG_2, rel=1e-4)
+    assert divergence(certain_TH[:1], certain_TH[1:]).item() == pytest.approx(by_authors.LOG_2, rel=1e-4)
 
 
 @given(

@@ -12,7 +12,7 @@ import families
 import pytest
 import tiny
 import torch
-from condensing import with_dense
+from authors_cd_moe import with_dense
 from elsewhere import run_elsewhere
 from masking import largest_difference, masked_logits, plain_logits
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PretrainedConfig, PreTrainedModel
