@@ -35,13 +35,14 @@ def kept(model_path, blocks, ratio, report):  # type: ignore[no-untyped-def]
 
 def main(tokens_path, ratios, *models):  # type: ignore[no-untyped-def]
     blocks = json.loads(Path(tokens_path).read_text())
-    told = {"versions": {name: version(name) for name in ("llmcompressor", "transformers", "torch")}, "kept": {}}
+    versions = {name: version(name) for name in ("llmcompressor", "transformers", "torch")}
     with tempfile.TemporaryDirectory() as scratch:
-        for model in models:
-            told["kept"][Path(model).name] = {
-                ratio: kept(model, blocks, float(ratio), Path(scratch) / "report.json") for ratio in ratios.split(",")
-            }
-    sys.stdout.write("\n" + json.dumps(told) + "\n")
+        report = Path(scratch) / "report.json"
+        kept_by = {
+            Path(model).name: {ratio: kept(model, blocks, float(ratio), report) for ratio in ratios.split(",")}
+            for model in models
+        }
+    sys.stdout.write("\n" + json.dumps({"versions": versions, "kept": kept_by}) + "\n")
 
 
 if __name__ == "__main__":

@@ -167,8 +167,8 @@ class TestHcSmoe:
         assert self.layer(0).merged == {}
 
     def test_the_router_s_rows_are_the_user_s_choice(self) -> None:
-        assert self.layer(5 / 8).merged_router
-        assert not self.layer(5 / 8, router="own").merged_router
+        assert not self.layer(5 / 8).merged_router
+        assert self.layer(5 / 8, router="merged").merged_router
 
     def test_the_linkage_is_the_user_s_choice(self) -> None:
         line = torch.tensor([0.0, 1, 2.1, 3.3, 4.6, 6, 20, 21])[:, None] * torch.tensor([1.0, 0])

@@ -27,3 +27,16 @@ def test_what_stays_is_kept_and_what_goes_is_replaced_by_another(data: st.DataOb
         assert len(set(new)) == chosen
         assert all(0 <= number < len(keep) for number in new)
         assert all(keep[number] == expert for number, expert in zip(new, old, strict=True) if expert in keep)
+
+
+def test_a_stand_in_comes_before_any_other() -> None:
+    table_VK = torch.tensor([[0, 3], [0, 1], [2, 5], [5, 0], [4, 4]])
+    changed_VK = renumbered(table_VK, [1, 3, 5], 6, {0: 1, 2: 5})
+    # 1, 3 and 5 are now 0, 1 and 2. In the third and second rows the token has its stand-in already; 4 has none.
+    assert changed_VK[0].tolist() == [0, 1]
+    assert changed_VK[1, 1] == 0
+    assert changed_VK[1, 0] in (1, 2)
+    assert changed_VK[2, 1] == 2
+    assert changed_VK[2, 0] in (0, 1)
+    assert changed_VK[3].tolist() == [2, 0]
+    assert len(set(changed_VK[4].tolist())) == 2

@@ -8,9 +8,9 @@ An expert's mean output is that of calibration's probes: every expert on the sam
 paper lets every expert run on every token; here the inputs are the means of whole sequences, which costs nothing.
 
 The paper's router keeps a row for every expert, and several rows lead to one merged expert. A checkpoint of fewer
-experts has fewer rows. By default a merged expert's row is the mean of its experts' rows, too: tokens that chose any of
-them find it. The row of the one chosen most (`router: own`) finds that one's tokens as before, and the others' by
-chance.
+experts has fewer rows. By default the merged expert answers to the row of its most used expert, which goes on finding
+that one's tokens. The mean of its experts' rows (`router: merged`) lies between the directions that those answer to,
+and is long along none of them; on the embedded model it was never better.
 
 Where the router chooses among groups of experts first, clusters stay within a group and are as many in each.
 
@@ -36,8 +36,8 @@ class HcSmoeOptions(Options):
     linkage: Literal["average", "complete", "single", "ward"] = Field(
         "average", description="how far two clusters are from each other: by the mean, largest or smallest distance"
     )
-    router: Literal["merged", "own"] = Field(
-        "merged", description="a merged expert's router row: the mean of its experts', or its most used expert's own"
+    router: Literal["own", "merged"] = Field(
+        "own", description="a merged expert's router row: its most used expert's own, or the mean of its experts'"
     )
 
 
