@@ -30,7 +30,18 @@ from moeprune.services import BUCKET, Services
 from moeprune.statistics import Stats
 
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = ["calibrate", "merge-stats", "cluster", "plan", "apply", "distill", "evaluate", "promote", "methods", "experts"]
+COMMANDS = [
+    "calibrate",
+    "merge-stats",
+    "cluster",
+    "plan",
+    "apply",
+    "distill",
+    "evaluate",
+    "promote",
+    "methods",
+    "experts",
+]
 BLOCKS = ("--block-tokens", tiny.BLOCK_TOKENS)
 BATCHES = ("--batch-blocks", 8)  # more than one of them, to be shared
 PROGRAM = [sys.executable, "-c", "from moeprune.cli import main; main()"]
