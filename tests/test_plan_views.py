@@ -94,7 +94,13 @@ class TestShow:
     def test_what_else_becomes_of_experts_is_said(self) -> None:
         layers = [
             LayerPlan(
-                experts=8, top_k=2, keep=[0, 1], merged={1: {1: 0.6, 2: 0.4}}, merged_router=True, constant=[4, 7]
+                experts=8,
+                top_k=2,
+                keep=[0, 1],
+                merged={1: {1: 0.6, 2: 0.4}},
+                merged_router=True,
+                constant=[4, 7],
+                stands_for={0: [3, 5, 6]},
             ),
             LayerPlan(experts=8, top_k=2, keep=[5], condensed={5: 0.125}, shared_scale=0.5),
         ]
@@ -104,13 +110,14 @@ class TestShow:
             recovery=Recovery(router=True),
         )
         said = text(overview(plan))
-        assert "█+··o··o 1 merged, 2 constant" in said
+        assert "█+··o··o 1 merged, 1 stand for others, 2 constant" in " ".join(said.split())
         assert "condensed" in said
         joined = " ".join(said.split())
         assert "2 of every 4 weights inside the experts that stay become zero, the lowest by wanda" in joined
         assert "what stays is fitted, after the cut, to what the original puts out (router=True" in joined
         first, second = (text(one_layer(plan, name)) for name in plan.layers)
         assert "1 becomes 0.6 of 1 + 0.4 of 2, its router row, too" in first
+        assert "0 for 3, 5-6" in first
         assert "4, 7, by their mean output" in first
         assert "no router; for every token 5 times 0.125" in second
         assert "the shared experts times 0.5" in second

@@ -379,7 +379,7 @@ class TestRefusals:
         match = r"layers\.0\.mlp\.experts\.\d\.\w+_proj\.weight cannot be made sparse: rows of 32 weights .*groups of 5"
         self.refused(original, plan_of(original, "wanda", "2:5"), original.stats, tmp_path / "out", match)
         # Where the Stats know the widths, no plan is made.
-        with pytest.raises(InputError, match="cannot be made sparse: rows of 32 weights .* choose another pattern"):
+        with pytest.raises(InputError, match=r"cannot be made sparse: rows of 32 weights .* choose another pattern"):
             make_plan("wanda", 0.4, original.stats, options={"pattern": "2:5"})
 
     def test_zeros_in_what_else_changes(self, original: Original, tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ class TestRefusals:
 
         monkeypatch.setattr(projections, "stored_ways", shuffled)
         with pytest.raises(InputError, match="in an order that moeprune does not know"):
-            find_projections(original.checkpoint.config, original.checkpoint.files)
+            find_projections(original.checkpoint.config, original.checkpoint.layout, original.checkpoint.files)
 
     @pytest.mark.parametrize(
         ("ratio", "options", "match"),
@@ -452,7 +452,7 @@ class TestPlans:
         for ratio, options, pattern in (
             (0.37, {}, "0.37"),
             (0.5, {"pattern": "4:8"}, "4:8"),
-            (0.333, {"pattern": "1:3"}, "1:3"),
+            (0.375, {"pattern": "3:8"}, "3:8"),
         ):
             plan = make_plan("moe-pruner", ratio, stats, options=options)
             assert plan.sparsity == Sparsity(pattern=pattern, score="moe-pruner")

@@ -161,9 +161,9 @@ def _check_stats(plan: Plan, stats: Stats | None) -> None:
             "carrying this plan out takes numbers from the Stats that it was made from; give them, `--stats FILE`"
         )
     if stats is not None and (stats.model, stats.data) != (plan.model, plan.data):
-        what = "model" if stats.model != plan.model else "data"
+        what, of = ("model", "another model") if stats.model != plan.model else ("data", "other data")
         raise InputError(
-            f"these Stats are of {'another model' if what == 'model' else 'other data'} (fingerprint {getattr(stats, what)[:12]}) than the plan was made from "
+            f"these Stats are of {of} (fingerprint {getattr(stats, what)[:12]}) than the plan was made from "
             f"({getattr(plan, what)[:12]}); give those that the plan was made from"
         )
 

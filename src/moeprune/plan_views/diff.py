@@ -88,6 +88,7 @@ def _otherwise(one: LayerPlan, other: LayerPlan) -> str:
     """The other parts of the decision that differ."""
     parts = {
         "merged": lambda layer: (layer.merged, layer.merged_router and bool(layer.merged)),
+        "stands for": lambda layer: layer.stands_for,
         "constant": lambda layer: layer.constant,
         "condensed": lambda layer: (layer.condensed, layer.shared_scale),
     }

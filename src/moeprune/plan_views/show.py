@@ -95,8 +95,8 @@ def _border_cells(layer: LayerPlan) -> list[str]:
 def _otherwise(layer: LayerPlan) -> str:
     if layer.condensed is not None:
         return "condensed"
-    parts = [f"{len(layer.merged)} merged"] if layer.merged else []
-    return ", ".join(parts + ([f"{len(layer.constant)} constant"] if layer.constant else []))
+    counts = {"merged": layer.merged, "stand for others": layer.stands_for, "constant": layer.constant}
+    return ", ".join(f"{len(experts)} {what}" for what, experts in counts.items() if experts)
 
 
 def _block(experts: int, width: int) -> int:
@@ -134,6 +134,8 @@ def _facts(layer: LayerPlan) -> Iterator[tuple[str, str]]:
     for expert, weights in layer.merged.items():
         mean = " + ".join(f"{weight:.3g} of {member}" for member, weight in weights.items())
         yield "merged", f"{expert} becomes {mean}" + (", its router row, too" if layer.merged_router else "")
+    for expert, others in sorted(layer.stands_for.items()):
+        yield "stands for", f"{expert} for {wording.ranges(sorted(others))}"
     if layer.constant:
         yield "constant", f"{wording.ranges(layer.constant)}, by their mean output"
     if layer.condensed is not None:
