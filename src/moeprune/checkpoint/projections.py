@@ -8,19 +8,21 @@ input axis first; biases are no projections.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from moeprune.checkpoint import unsupported
 from moeprune.checkpoint.files import CheckpointFiles
-from moeprune.checkpoint.layout import build_without_weights, expert_count, experts_modules
+from moeprune.checkpoint.layout import LayerLayout, Layout, build_without_weights, experts_modules
 from moeprune.checkpoint.stored_names import stored_ways
 from moeprune.sparsity import Feature
 
 _SIDE = 8  # of the marks in place of one expert's weights: a small number that conversions can halve
+_MARKED_EXPERTS = 2  # the others' tensors are stored as theirs
 _FUSED_AXES = 3
 
 
@@ -32,7 +34,7 @@ class Projection:
         layer: name of the experts module.
         expert: whose weights they are; None for all experts', along the first axis.
         feature: what goes in.
-        input_axis: of one expert's part, along which it goes in; the other is that of the outputs.
+        input_axis: -2 or -1, along which it goes in; the other is that of the outputs.
     """
 
     layer: str
@@ -41,52 +43,69 @@ class Projection:
     input_axis: int
 
 
-def find_projections(config: PretrainedConfig, files: CheckpointFiles) -> dict[str, Projection]:
+def find_projections(config: PretrainedConfig, layout: Layout, files: CheckpointFiles) -> dict[str, Projection]:
     """All projections of the routed experts, by the names of their stored tensors.
 
     Raises:
         InputError: the checkpoint stores them in a way that is not known.
     """
     model = build_without_weights(config)
-    found = {}
+    found: dict[str, Projection] = {}
     for layer, module in experts_modules(model).items():
-        first = "gate_up_proj" if module.has_gate else "up_proj"
-        features: dict[str, Feature] = {first: "input", "down_proj": "hidden"}
-        for parameter, feature in features.items():
-            for name, mark in _stored_marks(config, model, layer, parameter, files).items():
-                read = _read(mark, expert_count(module), bool(module.is_transposed))
-                if read is None:
-                    raise unsupported.refusal(config, unsupported.UNKNOWN_PROJECTION.format(tensor=name))
-                found[name] = Projection(layer, read[0], feature, read[1])
+        own = _Parameters(layer, module, layout.layers[layer])
+        ways = [way for way in stored_ways(model, own.marks()) if way.keys() <= files.entries.keys()]
+        read = [{name: own.read(name, mark, files.entries[name].shape) for name, mark in way.items()} for way in ways]
+        known = next((way for way in read if all(way.values())), None)
+        if known is None:
+            unknown = next((name for way in read for name, projections in way.items() if not projections), layer)
+            raise unsupported.refusal(config, unsupported.UNKNOWN_PROJECTION.format(tensor=unknown))
+        for projections in known.values():
+            found |= projections
     return found
 
 
-def _stored_marks(
-    config: PretrainedConfig, model: PreTrainedModel, layer: str, parameter: str, files: CheckpointFiles
-) -> dict[str, torch.Tensor]:
-    """What becomes of a parameter's marks in the way in which this checkpoint stores it, by the tensors' names."""
-    weight = cast(torch.Tensor, getattr(model.get_submodule(layer), parameter))
-    marks = torch.arange(len(weight) * _SIDE**2).view(len(weight), _SIDE, _SIDE)
-    name = f"{layer}.{parameter}"
-    for whole, marked in zip(stored_ways(model, {name: weight}), stored_ways(model, {name: marks}), strict=True):
-        if all(stored in files.entries and files.entries[stored].shape == whole[stored].shape for stored in whole):
-            return marked
-    raise unsupported.refusal(config, unsupported.UNKNOWN_PROJECTION.format(tensor=name))
+class _Parameters:
+    """The two parameters in which an experts module holds all projections."""
 
+    def __init__(self, layer: str, module: torch.nn.Module, layout: LayerLayout) -> None:
+        self._layer = layer
+        self._layout = layout
+        self._transposed = bool(module.is_transposed)
+        self._features: list[Feature] = ["input", "hidden"]
+        self._names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+        weights = [cast(torch.Tensor, getattr(module, name)) for name in self._names]
+        self._widths = [weight.shape[1 if self._transposed else 2] for weight in weights]
 
-def _read(mark: torch.Tensor, experts: int, transposed: bool) -> tuple[int | None, int] | None:
-    """From a stored tensor of marks, whose weights it holds, and the input axis; None where the marks do not tell."""
-    expert, *sides = torch.unravel_index(mark, (experts, _SIDE, _SIDE))
-    source = sides[0] if transposed else sides[1]
-    first = int(expert.flatten()[0])
-    if mark.dim() == _FUSED_AXES and _counts_along(expert, 0, experts):
-        axes, whose = (1, 2), None
-    elif mark.dim() < _FUSED_AXES and bool((expert == first).all()):
-        axes, whose = (0, 1), first
-    else:
-        return None
-    along = [place for place, axis in enumerate(axes) if _counts_along(source, axis, _SIDE)]
-    return (whose, along[0]) if len(along) == 1 else None
+    def marks(self) -> dict[str, torch.Tensor]:
+        """Numbers in place of the weights, no two of them the same."""
+        marks = torch.arange(math.prod(self._places)).view(self._places)
+        return {f"{self._layer}.{name}": part for name, part in zip(self._names, marks, strict=True)}
+
+    @property
+    def _places(self) -> tuple[int, ...]:
+        return (len(self._names), _MARKED_EXPERTS, _SIDE, _SIDE)
+
+    def read(self, name: str, mark: torch.Tensor, shape: tuple[int, ...]) -> dict[str, Projection]:
+        """What a stored tensor and those like it of other experts are, by the marks that would lie in its place.
+
+        Nothing where the marks do not tell.
+        """
+        parameter, expert, *sides = torch.unravel_index(mark, self._places)
+        source = sides[0] if self._transposed else sides[1]
+        place, first = int(parameter.flatten()[0]), int(expert.flatten()[0])
+        if mark.dim() != len(shape) or bool((parameter != place).any()):
+            return {}
+        along = [axis for axis in (-2, -1) if _counts_along(source, axis, _SIDE) and shape[axis] == self._widths[place]]
+        whose: dict[str, int | None] = {}
+        if mark.dim() == _FUSED_AXES and _counts_along(expert, 0, _MARKED_EXPERTS) and shape[0] == self._layout.experts:
+            whose = {name: None}
+        elif mark.dim() == _FUSED_AXES - 1 and bool((expert == first).all()):
+            alike = next((names for names in self._layout.separate if names[first] == name), [])
+            whose = {sibling: number for number, sibling in enumerate(alike)}
+        feature = self._features[place]
+        return {
+            stored: Projection(self._layer, number, feature, axis) for stored, number in whose.items() for axis in along
+        }
 
 
 def _counts_along(number: torch.Tensor, axis: int, count: int) -> bool:

@@ -40,7 +40,7 @@ class Sparsifier:
         self._sparsity = sparsity
         self._stats = stats
         self._check_statistics()
-        self._projections = find_projections(source.config, source.files)
+        self._projections = find_projections(source.config, source.layout, source.files)
         for name, projection in self._projections.items():
             self._check_width(name, projection)
 
@@ -54,7 +54,7 @@ class Sparsifier:
                 )
 
     def _check_width(self, name: str, projection: Projection) -> None:
-        shape = self._files.entries[name].shape[-2:]
+        shape = self._files.entries[name].shape
         try:
             compared(self._sparsity.pattern, shape[projection.input_axis])
         except ValueError as error:
@@ -101,7 +101,7 @@ class Sparsifier:
             weight = self._files.read_slice(stored, 0, expert, expert + 1)[0]
         else:
             weight = self._files.read([stored])[stored]
-        weight_OI = weight if projection.input_axis else weight.T
+        weight_OI = weight if projection.input_axis == -1 else weight.T
         energy_I = self._energy(projection, expert)
         weight_OI.masked_fill_(zeros(weight_OI, energy_I, self._sparsity.pattern), 0)
         return weight
