@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 class Dense(torch.nn.Module):
     """One gated MLP, of the weighted sum of shared and routed experts."""
 
-    def __init__(self, block: torch.nn.Module, weights: dict[int, float], shared_scale: float = 1.0) -> None:
+    def __init__(self, block: Any, weights: dict[int, float], shared_scale: float = 1.0) -> None:
         super().__init__()
         experts = block.experts
         assert not experts.is_transposed

@@ -51,13 +51,13 @@ def test_the_choice_is_the_authors(family: str, model_of: ModelOf) -> None:
 
     plan = decide(model, 1 - 1 / len(condensed), routed=3)
     assert list(plan.condensed) == [name for name in stats.layers if name in nearest]
-    for name, layer in plan.condensed.items():
-        assert layer.condensed == condensed[name]
-        assert list(layer.condensed) == list(condensed[name])  # also in the order of the choice
-        assert layer.keep == sorted(condensed[name])
-        assert layer.shared_scale == pytest.approx(scales[name], rel=1e-4)
-    others = [layer for name, layer in plan.layers.items() if name not in nearest]
-    assert [layer.keep for layer in others] == [list(range(tiny.EXPERTS))]
+    for name, planned in plan.condensed.items():
+        assert planned.condensed == condensed[name]
+        assert list(planned.condensed) == list(condensed[name])  # also in the order of the choice
+        assert planned.keep == sorted(condensed[name])
+        assert planned.shared_scale == pytest.approx(scales[name], rel=1e-4)
+    others = [planned for name, planned in plan.layers.items() if name not in nearest]
+    assert [planned.keep for planned in others] == [list(range(tiny.EXPERTS))]
 
 
 def test_the_gate_is_the_mean_over_the_tokens_that_an_expert_received() -> None:
@@ -71,8 +71,8 @@ def test_an_expert_without_tokens_is_not_chosen(model_of: ModelOf) -> None:
     for layer in stats.layers.values():
         layer.sums["gate"] = ExactSum.zeros(tiny.EXPERTS).add_(layer.sum("gate") * (torch.arange(tiny.EXPERTS) > 4))
     plan = make_plan("cd-moe", 0.5, stats, trial=lambda: Trial(model, IDS_BS))
-    (layer,) = plan.condensed.values()
-    assert layer.keep == [5, 6, 7]
+    (condensed,) = plan.condensed.values()
+    assert condensed.keep == [5, 6, 7]
 
 
 def test_a_run_from_a_layer_on_is_that_of_the_whole_model(model_of: ModelOf) -> None:
