@@ -160,8 +160,8 @@ def calls_of(model: PreTrainedModel, ids_BS: torch.Tensor) -> list[ExpertsCall]:
 
 
 class TestLayers:
-    everything = [torch.ones(tiny.BLOCK_TOKENS, dtype=torch.bool)] * 6
-    unseen = [torch.full((tiny.BLOCK_TOKENS,), place % 3 == 2) for place in range(6)]
+    everything = (torch.ones(tiny.BLOCK_TOKENS),) * 6
+    unseen = tuple(torch.full((tiny.BLOCK_TOKENS,), place % 3 == 2) for place in range(6))
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_copies_of_an_expert_become_that_expert(

@@ -24,7 +24,8 @@ _MOST_MEMBERS = 4  # whose neurons there is a choice from; the most used ones
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What the members are given and give: inputs, sums of gate weights, and sums of weighted outputs."""
+    """What the members are given and give: inputs, sums of gate weights, and sums of weighted outputs, the latter two as
+    each token has a say."""
 
     x_TH: torch.Tensor
     gate_T: torch.Tensor
@@ -33,7 +34,7 @@ class _Tokens:
 
 def fuse(
     calls: Sequence[ExpertsCall],
-    counts: Sequence[torch.Tensor],
+    say: Sequence[torch.Tensor],
     held_out: Sequence[torch.Tensor],
     members: Sequence[int],
 ) -> Neurons | None:
@@ -41,14 +42,16 @@ def fuse(
 
     Args:
         calls: of the original layer's experts, one for each batch.
-        counts: bool `[T]` for each batch; False is padding.
+        say: `[T]` for each batch, the roots of the tokens' weights (`say.roots`).
         held_out: bool `[T]` for each batch: tokens to decide on.
         members: the experts, that which stands for them first.
     """
     module = calls[0].module
     experts = [read(module, member) for member in members]
-    fitted, used_M = _tokens(calls, [c & ~h for c, h in zip(counts, held_out, strict=True)], members, experts)
-    unseen, _ = _tokens(calls, held_out, members, experts)
+    fitted, used_M = _tokens(
+        calls, [say_T * ~held_T for say_T, held_T in zip(say, held_out, strict=True)], members, experts
+    )
+    unseen, _ = _tokens(calls, [say_T * held_T for say_T, held_T in zip(say, held_out, strict=True)], members, experts)
     if not len(fitted.x_TH):
         return None
     share_M = (used_M / used_M.sum()).tolist()
@@ -115,16 +118,16 @@ def _together(experts: list[Neurons], shares: list[float]) -> Neurons:
 
 
 def _tokens(
-    calls: Sequence[ExpertsCall], which: Sequence[torch.Tensor], members: Sequence[int], experts: list[Neurons]
+    calls: Sequence[ExpertsCall], say: Sequence[torch.Tensor], members: Sequence[int], experts: list[Neurons]
 ) -> tuple[_Tokens, torch.Tensor]:
-    """The tokens of any member among some, and how much each member is used, `[M]`."""
+    """The tokens of any member that have a say, and how much each member is used, `[M]`."""
     parts, used_M = [], torch.zeros(len(members), device=calls[0].x_TH.device)
-    for call, which_T in zip(calls, which, strict=True):
+    for call, say_T in zip(calls, say, strict=True):
         gate_TM = torch.stack(
             [((call.index_TK == member) * call.weight_TK).sum(1, dtype=torch.float32) for member in members], dim=1
         )
-        rows = torch.where(which_T & (gate_TM != 0).any(1))[0]
-        gate_TM, x_TH = gate_TM[rows], call.x_TH[rows].float()
+        rows = torch.where((say_T > 0) & (gate_TM != 0).any(1))[0]
+        gate_TM, x_TH = gate_TM[rows] * say_T[rows, None], call.x_TH[rows].float()
         wanted_TH = torch.zeros_like(x_TH)
         for gate_T, neurons in zip(gate_TM.T, experts, strict=True):
             own = torch.where(gate_T != 0)[0]

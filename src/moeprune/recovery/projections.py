@@ -23,7 +23,7 @@ _SWEEPS = 2
 def fit(
     calls: Sequence[ExpertsCall],
     wanted: Sequence[torch.Tensor],
-    counts: Sequence[torch.Tensor],
+    say: Sequence[torch.Tensor],
     held_out: Sequence[torch.Tensor],
 ) -> tuple[float, float]:
     """Change the module's weights, in place.
@@ -31,20 +31,19 @@ def fit(
     Args:
         calls: of the pruned layer's experts, one for each batch.
         wanted: what the original's put out for the same tokens, `[T, H]` for each batch.
-        counts: bool `[T]` for each batch; False is padding.
+        say: `[T]` for each batch, the roots of the tokens' weights (`say.roots`).
         held_out: bool `[T]` for each batch: tokens to decide on.
 
     Returns:
-        The share of what was wanted that is missed, in squares, on the tokens held out: before and after.
+        The share of what was wanted that is missed, in weighted squares, on the tokens held out: before and after.
     """
     module, inside = calls[0].module, [call.inside for call in calls]
     missing = [
-        (want_TH.float() - within.mixed(len(want_TH)).float()) * counts_T[:, None]
-        for want_TH, within, counts_T in zip(wanted, inside, counts, strict=True)
+        (want_TH.float() - within.mixed(len(want_TH)).float()) * say_T[:, None]
+        for want_TH, within, say_T in zip(wanted, inside, say, strict=True)
     ]
-    total = sum(
-        float((want_TH[held_T & counts_T].float() ** 2).sum())
-        for want_TH, held_T, counts_T in zip(wanted, held_out, counts, strict=True)
+    total = _held_out_error(
+        [want_TH.float() * say_T[:, None] for want_TH, say_T in zip(wanted, say, strict=True)], held_out
     )
     before = _held_out_error(missing, held_out)
     starts = [torch.tensor([0, *within.counts_R]).cumsum(0).tolist() for within in inside]
@@ -53,8 +52,8 @@ def fit(
             choices = [slice(start[expert], start[expert + 1]) for start in starts]
             token = [within.token_N[part] for within, part in zip(inside, choices, strict=True)]
             neuron = [
-                within.hidden_NI[part].float() * (within.weight_N[part].float() * counts_T[token_n])[:, None]
-                for within, part, token_n, counts_T in zip(inside, choices, token, counts, strict=True)
+                within.hidden_NI[part].float() * (within.weight_N[part].float() * say_T[token_n])[:, None]
+                for within, part, token_n, say_T in zip(inside, choices, token, say, strict=True)
             ]
             neuron_nI = torch.cat(neuron)
             missing_nH = torch.cat([miss_TH[token_n] for miss_TH, token_n in zip(missing, token, strict=True)])

@@ -19,6 +19,7 @@ from moeprune.plan import LayerPlan, Plan
 from moeprune.recovery import projections, routers
 from moeprune.recovery.fusing import fuse
 from moeprune.recovery.neurons import write
+from moeprune.recovery.say import roots
 from moeprune.recovery.stream import streaming
 from moeprune.statistics.passes import Batch
 from moeprune.statistics.stats import block_hash
@@ -31,8 +32,8 @@ class Recovered:
     """What was fitted.
 
     Attributes:
-        error_before, error_after: layer -> the share of what its experts put out, in squares, that the pruned ones
-            miss, on sequences that no projection was fitted to: before the projections were fitted, and after.
+        error_before, error_after: layer -> the share of what its experts put out, in squares and as tokens have a say
+            (`say`), that the pruned ones miss, on sequences that no projection was fitted to: before the projections were fitted, and after.
         parameters: the new weights, by the pruned model's own names.
     """
 
@@ -77,12 +78,13 @@ def recover(
                 teacher.go_to(name)
             if watched := watching.seen.pop(name, None):
                 _fit_router(pruned, layout[name], names[name], watched, counts, layer)
+            wanted = [call.run() for call in teacher.calls]
+            say = roots(wanted, counts)
             for place, members in enumerate(_groups(layer)):
-                if len(members) > 1 and (fused := fuse(teacher.calls, counts, held_out, members)):
+                if len(members) > 1 and (fused := fuse(teacher.calls, say, held_out, members)):
                     write(module, place, fused)
             student.go_to(name)
-            wanted = [call.run() for call in teacher.calls]
-            before[name], after[name] = projections.fit(student.calls, wanted, counts, held_out)
+            before[name], after[name] = projections.fit(student.calls, wanted, say, held_out)
             student.forget_what_was_inside()
             on_layer(done, len(modules))
     return Recovered(before, after, _changed(pruned, layout))

@@ -1,0 +1,31 @@
+"""How much each token has to say in a fit.
+
+A few tokens, such as the first of a text, make experts put out a hundred times what they usually do; in squares they
+would be all that a fit hears. What a layer adds is read through a norm by every layer after it, so what counts is the
+error relative to the output: a token's square is divided by its output's, from the median upwards.
+
+Axes: T tokens of a batch, padding included, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def roots(output: Sequence[torch.Tensor], counts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The square roots of the tokens' weights, float32 `[T]` for each batch; 0 for padding.
+
+    Args:
+        output: what the layer puts out, `[T, H]` for each batch.
+        counts: bool `[T]` for each batch; False is padding.
+    """
+    square = [out_TH.float().square().sum(1) for out_TH in output]
+    real = torch.cat([square_T[counts_T] for square_T, counts_T in zip(square, counts, strict=True)])
+    if not len(real):
+        return [torch.zeros_like(square_T) for square_T in square]
+    usual = real.median().clamp_min(torch.finfo(torch.float32).tiny)
+    return [
+        (usual / square_T.clamp_min(usual)).sqrt() * counts_T for square_T, counts_T in zip(square, counts, strict=True)
+    ]
