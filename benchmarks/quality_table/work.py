@@ -13,8 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from moeprune.checkpoint.loading import Checkpoint
-from moeprune.checkpoint.surgery import Written, cut
-from moeprune.checkpoint.targets import LocalTarget
+from moeprune.checkpoint.surgery import apply
 from moeprune.evaluation.measure import BATCH_BLOCKS, measure
 from moeprune.methods import find, make_plan, statistics_for
 from moeprune.methods.base import Trial
@@ -105,19 +104,17 @@ class Bench:
         """Raises InputError: the method cannot decide so on this model, or what it made cannot be run."""
         plan, decide_seconds = self._decide(row, ratio, drawn, stats)
         with tempfile.TemporaryDirectory(prefix="candidate-", dir=self._scratch) as scratch:
-            started = time.perf_counter()
-            pruned = Path(scratch) / "model"
-            written = self._carry_out(plan, stats, drawn, pruned)
-            carry_out_seconds = time.perf_counter() - started
+            made_of, carry_out_seconds = self._carry_out(plan, stats, drawn, Path(scratch))
             beside = self._speed_of_original() if drawn.on == MIXTURE else None
-            measured = measure(Checkpoint(pruned), self.texts.judged(drawn.on))
+            measured = measure(made_of, self.texts.judged(drawn.on))
+            parameters, bytes_on_disk = made_of.files.parameters, made_of.files.bytes_on_disk
         made = Cell(
             key=self.key(row, ratio, drawn),
             removed=plan.removed,
             decide_seconds=decide_seconds,
             carry_out_seconds=carry_out_seconds,
-            parameters=written.parameters,
-            bytes_on_disk=written.bytes_on_disk,
+            parameters=parameters,
+            bytes_on_disk=bytes_on_disk,
             tokens_per_second=measured.tokens_per_second,
             original_tokens_per_second=beside,
             quality=measured.quality,
@@ -131,16 +128,19 @@ class Bench:
         options = row.options_for(drawn.seed)
         plan = make_plan(row.method, ratio, stats, options=options, trial=(lambda: trial) if trial else None)
         took = time.perf_counter() - started
-        return plan.model_copy(update={"recovery": Recovery(router=False)}) if row.recovered else plan, took
+        if row.recovered and plan.recovery is None:
+            plan = plan.model_copy(update={"recovery": Recovery(router=False)})
+        return plan, took
 
-    def _carry_out(self, plan: Plan, stats: Stats, drawn: Drawn, out: Path) -> Written:
-        """From a Plan to the checkpoint that is measured, all that the Plan says done to it."""
-        if not plan.recovery:
-            return cut(self.checkpoint, plan, LocalTarget(out), stats=stats)
-        bare = out.with_name("cut")
-        written = cut(self.checkpoint, plan, LocalTarget(bare), stats=stats)
-        recover_checkpoint(self.checkpoint, self._model, Checkpoint(bare), plan, drawn.ids_BS, None, out)
-        return written
+    def _carry_out(self, plan: Plan, stats: Stats, drawn: Drawn, scratch: Path) -> tuple[Checkpoint, float]:
+        """From a Plan to the checkpoint that is measured, all that the Plan says done to it; and how long that took."""
+        teacher = self._model if plan.recovery else None  # loading it is not carrying out
+        started = time.perf_counter()
+        made = apply(self.checkpoint, plan, scratch / "cut", stats=stats)
+        if teacher:
+            recover_checkpoint(self.checkpoint, teacher, made, plan, drawn.ids_BS, None, scratch / "recovered")
+            made = Checkpoint(scratch / "recovered", self.checkpoint.trust_remote_code)
+        return made, time.perf_counter() - started
 
     def _speed_of_original(self) -> float:
         """Measured as the candidates are, on the first of the same text: what else the machine does slows both."""
