@@ -51,7 +51,8 @@ def test_a_size_is_kept_by_as_little_as_can_be(method: str, share: float, stats:
     smallest, whole = ends(stats, source)
     budget = Budget(size=round(smallest + share * (whole - smallest)))
     plan = made(budget, method, stats, source)
-    assert budget.size and foresee(source, plan).bytes <= budget.size
+    assert budget.size
+    assert foresee(source, plan).bytes <= budget.size
     gone = round(plan.removed * 24)
     if gone:
         less = make_plan(method, (gone - STEPS[method]) / 24, stats).model_copy(update={"budget": plan.budget})
@@ -66,7 +67,8 @@ def test_a_share_of_parameters_goes(method: str, share: float, stats: Stats, sou
         plan = made(Budget(parameters_ratio=share), method, stats, source)
     except InputError as error:
         found = re.search(r"--parameters-ratio (0\.\d+)", str(error))
-        assert found and float(found[1]) < share
+        assert found
+        assert float(found[1]) < share
         assert made(Budget(parameters_ratio=float(found[1])), method, stats, source).removed == 0.75
         return
     left = (1 - share) * source.files.parameters

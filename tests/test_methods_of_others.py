@@ -78,7 +78,7 @@ def test_the_example_of_the_guide_is_a_method(install: Install) -> None:
     layer = next(iter(stats.layers.values()))
     layer.sums["gate"].add_(layer.count("routed_tokens").flip(0).double())  # now the sum and the mean differ
     for per_token, score_E in ((False, layer.sum("gate")), (True, layer.sum("gate") / layer.count("routed_tokens"))):
-        decided = method.decide(Evidence(stats), 0.5, method.options(per_token=per_token))
+        decided = method.decide(Evidence(stats), 0.5, method.options.model_validate({"per_token": per_token}))
         (made,) = decided.layers.values()
         assert made.scores == score_E.tolist()
         assert made.keep == sorted(sorted(range(8), key=score_E.tolist().__getitem__)[4:])

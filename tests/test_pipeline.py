@@ -253,6 +253,7 @@ class TestComponents:
             text_field="t",
             block_tokens=9,
             trial_blocks=3,
+            recovery_blocks=5,
             trust_remote_code=True,
         )
         (call,) = calls
@@ -262,6 +263,7 @@ class TestComponents:
             "text_field": "t",
             "block_tokens": 9,
             "trial_blocks": 3,
+            "recovery_blocks": 5,
             "method": "m",
             "ratio": 0.3,
             "parameters_ratio": 0.0,

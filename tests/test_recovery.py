@@ -140,6 +140,7 @@ class TestRouters:
         everything = [torch.ones(300, dtype=torch.bool)]
         found_KH, found_K = routers.fit(routers.Watched([x_TH], [logits_TE]), everything, [[0, 1], [2]], bias=True)
         together_T = logits_TE.softmax(1)[:, :2].sum(1)
+        assert found_K is not None
         torch.testing.assert_close((x_TH @ found_KH.T + found_K).softmax(1)[:, 0], together_T, atol=5e-3, rtol=0)
 
     def test_padding_has_no_say(self) -> None:
@@ -189,7 +190,7 @@ class TestLayers:
         calls = calls_of(model, tiny.token_ids(2, 60))
         with torch.no_grad():
             wanted = [call.run() for call in calls]
-            first_experts(model).down_proj.mul_(0.5)
+            first_experts(model).get_parameter("down_proj").mul_(0.5)
         moved = [replace(call) for call in calls]
         before, after = projections.fit(moved, wanted, self.everything * 10, self.unseen * 10)
         assert before == pytest.approx(0.25, rel=1e-3)
@@ -199,12 +200,12 @@ class TestLayers:
         model = Checkpoint(checkpoint_of("mixtral")).load()
         calls = calls_of(model, tiny.token_ids(2, 6))
         module = first_experts(model)
-        weights = module.down_proj.clone()
+        weights = module.get_parameter("down_proj").clone()
         with torch.no_grad():
             wanted = [call.run() + 1 for call in calls]
         none = [torch.zeros_like(counts_T) for counts_T in self.everything]
         projections.fit([replace(call) for call in calls], wanted, none, self.unseen)
-        assert torch.equal(module.down_proj, weights)
+        assert torch.equal(module.get_parameter("down_proj"), weights)
 
 
 class Case:

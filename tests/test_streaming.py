@@ -347,7 +347,14 @@ class TestHolding:
 class TestRoom:
     @pytest.mark.parametrize(
         ("text", "size"),
-        [("2GiB", 2 << 30), ("1.5G", 3 << 29), ("900MB", 900_000_000), ("0.3kB", 300), (" 512 k ", 512 << 10), ("4096", 4096)],
+        [
+            ("2GiB", 2 << 30),
+            ("1.5G", 3 << 29),
+            ("900MB", 900_000_000),
+            ("0.3kB", 300),
+            (" 512 k ", 512 << 10),
+            ("4096", 4096),
+        ],
     )
     def test_sizes(self, text: str, size: int) -> None:
         assert parse_bytes(text) == size

@@ -175,7 +175,10 @@ def _inside_sums(routed_E: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
     per_token_E = routed_E / tokens
     square_EH = output_ETH.square().sum(1) * per_token_E[:, None]
     squares = {f"{gated}{what}_square": square_EH for gated in ("", "gated_") for what in ("input", "hidden")}
+    apart_EE = (output_ETH[:, None] - output_ETH).square().sum((2, 3))
+    apart_EE.diagonal().copy_(output_ETH.square().sum((1, 2)))
     return squares | {
+        "stand_in": apart_EE * per_token_E[:, None] / 4,
         "gated_norm": output_ETH.norm(dim=-1).sum(1) * per_token_E / 2,
         "output": output_ETH.sum(1) * per_token_E[:, None],
         "output_square": output_ETH.square().sum((1, 2)) * per_token_E,

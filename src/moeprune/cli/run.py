@@ -81,6 +81,9 @@ def run(
         str, typer.Option(metavar="SIZE", help="calibrate below SIZE, for example 2GiB, a layer at a time")
     ] = "",
     trial_blocks: Annotated[int, typer.Option(min=1, help="blocks to try decisions on at most (cd-moe)")] = 8,
+    recovery_blocks: Annotated[
+        int, typer.Option(min=1, help="blocks to fit what stays on at most, where the method asks for that (fuse)")
+    ] = 128,
     cluster_similarity: Annotated[str, typer.Option(help=SIMILARITY_HELP)] = "outputs",
     cluster_algorithm: Annotated[str, typer.Option(help=ALGORITHM_HELP)] = "ward",
     clusters_per_layer: Annotated[str, typer.Option(help=CLUSTERS_HELP)] = PUBLISHED,
@@ -130,6 +133,7 @@ def run(
         "calibration_dtype": calibration_dtype,
         "calibration_memory_limit": calibration_memory_limit,
         "trial_blocks": trial_blocks,
+        "recovery_blocks": recovery_blocks,
         "cluster_similarity": cluster_similarity,
         "cluster_algorithm": cluster_algorithm,
         "clusters_per_layer": clusters_per_layer,

@@ -95,8 +95,12 @@ def _border_cells(layer: LayerPlan) -> list[str]:
 def _otherwise(layer: LayerPlan) -> str:
     if layer.condensed is not None:
         return "condensed"
-    counts = {"merged": layer.merged, "stand for others": layer.stands_for, "constant": layer.constant}
-    return ", ".join(f"{len(experts)} {what}" for what, experts in counts.items() if experts)
+    counts = {
+        "merged": len(layer.merged),
+        "stand for others": len(layer.stands_for),
+        "constant": len(layer.constant),
+    }
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def _block(experts: int, width: int) -> int:

@@ -24,8 +24,7 @@ _MOST_MEMBERS = 4  # whose neurons there is a choice from; the most used ones
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What the members are given and give: inputs, sums of gate weights, and sums of weighted outputs, the latter two as
-    each token has a say."""
+    """Inputs of the members, and, as each token has a say, the sums of their gate weights and of their outputs."""
 
     x_TH: torch.Tensor
     gate_T: torch.Tensor
@@ -48,10 +47,10 @@ def fuse(
     """
     module = calls[0].module
     experts = [read(module, member) for member in members]
-    fitted, used_M = _tokens(
-        calls, [say_T * ~held_T for say_T, held_T in zip(say, held_out, strict=True)], members, experts
-    )
-    unseen, _ = _tokens(calls, [say_T * held_T for say_T, held_T in zip(say, held_out, strict=True)], members, experts)
+    told = [say_T * ~held_T for say_T, held_T in zip(say, held_out, strict=True)]
+    kept_back = [say_T * held_T for say_T, held_T in zip(say, held_out, strict=True)]
+    fitted, used_M = _tokens(calls, told, members, experts)
+    unseen, _ = _tokens(calls, kept_back, members, experts)
     if not len(fitted.x_TH):
         return None
     share_M = (used_M / used_M.sum()).tolist()

@@ -33,7 +33,8 @@ class Recovered:
 
     Attributes:
         error_before, error_after: layer -> the share of what its experts put out, in squares and as tokens have a say
-            (`say`), that the pruned ones miss, on sequences that no projection was fitted to: before the projections were fitted, and after.
+            (`say`), that the pruned ones miss, on sequences that no projection was fitted to: before the projections
+            were fitted, and after.
         parameters: the new weights, by the pruned model's own names.
     """
 
