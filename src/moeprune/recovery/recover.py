@@ -1,8 +1,11 @@
-"""Fit what stays of every layer, one layer after the other, each on what the fitted ones before it give.
+"""Fit what stays of every layer, one layer after the other, on what the original's layers are given and put out.
 
-The original runs beside the pruned model on the same text. At each layer the router's rows are fitted first, then
-experts that stand for several are made of them, and last what the layer puts out is fitted to what the original puts
-out. Nothing is trained: each step is a least-squares solution.
+At each layer the router's rows are fitted first, then experts that stand for several are made of them, and last what
+the layer puts out is fitted to what the original puts out. Nothing is trained: each step is a least-squares solution.
+
+Each layer is fed by the original, not by the fitted layers before it. Inputs that have drifted make least squares
+cautious: what it cannot tell from them it leaves out, every layer leaves out a little more, and the loss of a deep
+model grows although every layer's error falls.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from moeprune.recovery import projections, routers
 from moeprune.recovery.fusing import fuse
 from moeprune.recovery.neurons import write
 from moeprune.recovery.say import roots
-from moeprune.recovery.stream import streaming
+from moeprune.recovery.stream import calls_of, streaming
 from moeprune.statistics.passes import Batch
 from moeprune.statistics.stats import block_hash
 
@@ -72,7 +75,7 @@ def recover(
     counts = [batch.mask_BS.flatten().to(pruned.device) for batch in batches]
     held_out = [mask.to(pruned.device) for mask in _held_out(batches)]
     watching = routers.Routers(original, names)
-    with streaming(original, batches) as teacher, streaming(pruned, batches) as student:
+    with streaming(original, batches) as teacher:
         for done, (name, module) in enumerate(modules.items(), start=1):
             layer = plan.layers[name]
             with watching:
@@ -84,9 +87,8 @@ def recover(
             for place, members in enumerate(_groups(layer)):
                 if len(members) > 1 and (fused := fuse(teacher.calls, say, held_out, members)):
                     write(module, place, fused)
-            student.go_to(name)
-            before[name], after[name] = projections.fit(student.calls, wanted, say, held_out)
-            student.forget_what_was_inside()
+            calls = calls_of(pruned, name, teacher.given)
+            before[name], after[name] = projections.fit(calls, wanted, say, held_out)
             on_layer(done, len(modules))
     return Recovered(before, after, _changed(pruned, layout))
 
