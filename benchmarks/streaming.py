@@ -41,6 +41,8 @@ def measure(scratch: Path, size: int, limit: str, blocks: int) -> None:
     size = random_checkpoint.write(model, random_checkpoint.olmoe_of(size))
     calibrate: list[str | Path] = [
         "calibrate",
+        "--for",
+        "c-prune",  # the default compares all experts of a layer, which this limit has no room for
         "--model",
         model,
         "--data",

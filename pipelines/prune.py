@@ -69,12 +69,13 @@ def prune(
             commas, are mixed, in equal shares or by weights (code.jsonl*3,prose.txt); %2C, %2A and %25 stand for a
             comma, star and percent sign in a name.
         evaluation_data: Held-out texts to measure on, as a JSON list of such addresses, that of the domain first.
-        method: How to choose the experts that stay: c-prune, frequency or random.
+        method: How to choose what stays: fuse, c-prune, reap, naee, mone, hc-smoe, contribution, frequency or random
+            (experts), moe-pruner, wanda or magnitude (weights), cd-moe (layers).
         ratio: Fraction of the routed experts to remove, at least 0 and below 1. The next two, where given, take its
             place.
         parameters_ratio: Fraction of all parameters to remove, at least; 0 where it is not wanted.
         size: Most bytes that the pruned checkpoint may have, such as 400MB or 12GiB; empty where it is not wanted.
-        method_options: Options of the method by name, as a JSON object, for example {"layerwise_share": 1}.
+        method_options: Options of the method by name, as a JSON object, for example {"recover": false}.
         baselines: Methods to hold the result against, asked for the same, as a JSON list; [] for none.
         text_field: Field of JSONL or Parquet that holds the text.
         block_tokens: Tokens per block; texts are joined and cut into blocks.

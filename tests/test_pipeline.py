@@ -203,6 +203,7 @@ class TestComponents:
             {"shard": shard, "statistics": ["routed_tokens"]} for shard in range(2)
         ]
         assert prepare.python_func("c-prune", [])[0]["statistics"] == ["gate", "probe_output", "routed_tokens"]
+        assert prepare.python_func("frequency", [])[0]["statistics"] == ["probe_output", "routed_tokens"]
         with pytest.raises(InputError, match="unknown method"):
             prepare.python_func("frequency", ["magic"])
         with pytest.raises(InputError, match="0 shards"):

@@ -50,7 +50,7 @@ class Outcome:
     def __init__(self, house: House, process: subprocess.Popen[str]) -> None:
         self.out, self.err = process.communicate(timeout=300)
         self.code = process.returncode
-        named = re.search(r"c-prune-[\d.]+-\d{8}-\d{6}", self.out + self.err)
+        named = re.search(r"fuse-[\d.]+-\d{8}-\d{6}", self.out + self.err)
         assert named, self.out + self.err
         (experiment,) = house.mlflow.search_experiments(filter_string="name = 'moeprune'")
         found = house.mlflow.search_runs([experiment.experiment_id])
@@ -301,8 +301,8 @@ class TestBadInput:
         return run
 
     def test_unknown_method(self, refused: Callable[..., str]) -> None:
-        assert "c-prune, frequency, random" in refused("--method", "magic")
-        assert "c-prune, frequency, random" in refused("--baselines", "random,magic")
+        assert "c-prune, cd-moe" in refused("--method", "magic")
+        assert "c-prune, cd-moe" in refused("--baselines", "random,magic")
 
     @pytest.mark.parametrize("ratio", [-0.1, 1])
     def test_ratio_out_of_range(self, refused: Callable[..., str], ratio: float) -> None:
@@ -312,7 +312,7 @@ class TestBadInput:
         assert "the largest ratio for this model is 0.75" in refused("--ratio", 0.9)
 
     def test_unknown_option(self, refused: Callable[..., str]) -> None:
-        assert "layerwise_share" in refused("--set", "layerwise=1")
+        assert "layerwise_share" in refused("--method", "c-prune", "--set", "layerwise=1")
 
     def test_no_such_model(self, refused: Callable[..., str], tmp_path: Path) -> None:
         assert "nowhere" in refused(model=tmp_path / "nowhere")

@@ -12,7 +12,7 @@ def global_prune(
     pruned: dsl.Output[dsl.Model],
     baseline_models: dsl.Output[dsl.Artifact],
     data: str,
-    method: str = "c-prune",
+    method: str = "fuse",
     ratio: float = 0.5,
     parameters_ratio: float = 0.0,
     size: str = "",
@@ -32,12 +32,12 @@ def global_prune(
         clusters: Which experts are alike, from cluster.
         data: Text of the domain, as for calibrate; read where a method tries what it decides, or has what stays
             fitted.
-        method: How to choose: c-prune, frequency, random; `moeprune methods` lists them all with their options.
+        method: How to choose: fuse, c-prune, reap and others; `moeprune methods` lists them all with their options.
         ratio: Fraction of the routed experts to remove, at least 0 and below 1. The next two, where given, take its
             place.
         parameters_ratio: Fraction of all parameters to remove, at least; 0 where it is not wanted.
         size: Most bytes that the pruned checkpoint may have, such as 400MB or 12GiB; empty where it is not wanted.
-        method_options: Options of the method by name, as a JSON object, for example {"layerwise_share": 1}.
+        method_options: Options of the method by name, as a JSON object, for example {"recover": false}.
         baselines: Methods to hold the result against, as a JSON list. Each prunes the same model for the same
             ratio or size, with its default options.
         text_field: Field of JSONL or Parquet that holds the text.

@@ -13,6 +13,11 @@ ZEROS_TAKE_ROOM = (
     "release after 0.14.0 can, and transformers wants 0.15 or later."
 )
 
+RECOVERY = """
+
+The plan asks for what stays to be fitted after the cut (`moeprune recover`), to stand in for what goes: without that
+this model is worse than it need be. Weights that were fitted differ from the original's."""
+
 
 def card(plan: Plan, left_out: Mapping[str, str], *, condensed_by_code: bool = False) -> str:
     """The text of `README.md`.
@@ -35,6 +40,7 @@ def card(plan: Plan, left_out: Mapping[str, str], *, condensed_by_code: bool = F
         )
         how = f"{why.capitalize()}, so it brings a small modelling file: load it with `trust_remote_code=True`."
     condensed = _condensed(plan) if plan.condensed else ""
+    fitted = RECOVERY if plan.recovery else ""
     sparse = _sparse(plan.sparsity) if plan.sparsity else ""
     options = "".join(f"\n- {name}: {value}" for name, value in sorted(plan.options.items()))
     without = "".join(
@@ -48,7 +54,7 @@ tags: [mixture-of-experts, pruned, moeprune]
 # A pruned Mixture-of-Experts
 
 moeprune removed {plan.removed:.1%} of the routed experts with the method `{plan.method}`: each layer keeps {kept} of
-{of}. {how}{condensed}{sparse}
+{of}. {how}{condensed}{sparse}{fitted}
 
 - original: fingerprint `{plan.model}`
 - calibration data: fingerprint `{plan.data}`{options}{without}

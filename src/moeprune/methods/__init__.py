@@ -37,8 +37,8 @@ _OF_EXPERTS = (fuse, c_prune, reap, contribution, naee, hc_smoe, mone, frequency
 _OF_WEIGHTS = (moe_pruner, wanda, magnitude)
 _OF_LAYERS = (cd_moe,)
 METHODS = Registry(module.METHOD for module in (*_OF_EXPERTS, *_OF_WEIGHTS, *_OF_LAYERS))
-DEFAULT = "c-prune"
-BASELINES = ("frequency", "random")  # what a result is held against where nothing else is said
+DEFAULT = "fuse"
+BASELINES = ("reap", "frequency")  # what a result is held against where nothing else is said
 
 
 def make_plan(

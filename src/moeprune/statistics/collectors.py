@@ -205,8 +205,8 @@ def _stand_in(seen: Seen) -> torch.Tensor:
 def _all_in_memory(call: ExpertsCall) -> None:
     if len(call.experts) < call.layer_experts:
         raise InputError(
-            "experts are compared with each other, which needs all of a layer in memory at once; give calibration more "
-            "of it, or a method that compares none"
+            "experts are compared with each other (stand_in, overlap), which needs all of a layer in memory at once; "
+            "give a larger --memory-limit, or calibrate for a method that compares none (--for c-prune)"
         )
 
 
