@@ -44,7 +44,8 @@ def follow(
             reader = Thread(target=_read, args=(process.stdout, on_line), daemon=True)
             reader.start()
         while reader.is_alive():
-            reader.join(_SECONDS_BETWEEN_LOOKS if stopping else None)
+            # Not without end: a signal that comes just before the wait begins would not be heard until it is over.
+            reader.join(_SECONDS_BETWEEN_LOOKS)
             if stopping and stopping.is_set():
                 raise KeyboardInterrupt
         return process.wait()

@@ -258,7 +258,7 @@ class TestStatisticsOnRequest:
         for layer in stats.layers.values():
             assert (layer.counts.keys(), layer.sums.keys()) == ({"routed_tokens"}, set())
         assert make_plan("frequency", 0.5, stats)
-        with pytest.raises(InputError, match=r"do not hold probe_output, which c-prune needs; .* --for c-prune"):
+        with pytest.raises(InputError, match=r"do not hold gate, probe_output, which c-prune needs; .* --for c-prune"):
             make_plan("c-prune", 0.5, stats)
         assert all(not layer.counts for layer in run(statistics=statistics_for(["random"])).layers.values())
 

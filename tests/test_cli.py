@@ -36,6 +36,7 @@ COMMANDS = [
     "cluster",
     "plan",
     "apply",
+    "recover",
     "distill",
     "evaluate",
     "promote",
@@ -43,6 +44,7 @@ COMMANDS = [
     "experts",
 ]
 BLOCKS = ("--block-tokens", tiny.BLOCK_TOKENS)
+FOR = ("--for", "c-prune", "--for", "frequency")
 BATCHES = ("--batch-blocks", 8)  # more than one of them, to be shared
 PROGRAM = [sys.executable, "-c", "from moeprune.cli import main; main()"]
 
@@ -88,7 +90,8 @@ class TestAWalk:
     def test_calibrate(self, walk: Walk, run_cli: Run) -> None:
         out = succeeds(
             run_cli(
-                "calibrate", "--model", walk.model, "--data", walk.data, "--out", walk.stats, *BLOCKS, "--groups", 3
+                *("calibrate", "--model", walk.model, "--data", walk.data, "--out", walk.stats, *BLOCKS, *BATCHES),
+                *("--groups", 3, *FOR),
             )
         )
         stats = Stats.load(walk.stats)
@@ -99,7 +102,7 @@ class TestAWalk:
     def test_shards_add_up_to_it(self, walk: Walk, run_cli: Run) -> None:
         parts = [walk.root / f"part-{shard}" for shard in range(2)]
         for shard, part in enumerate(parts):
-            options = ("--groups", 3, "--shard", shard, "--shards", 2)
+            options = ("--groups", 3, *FOR, "--shard", shard, "--shards", 2)
             succeeds(
                 run_cli(
                     "calibrate", "--model", walk.model, "--data", walk.data, "--out", part, *BLOCKS, *BATCHES, *options

@@ -199,11 +199,12 @@ class TestComponents:
         assert stats.metadata == {"model": "M", "data": "D", "tokens": 5, "layers": 2}
 
     def test_prepare(self) -> None:
+        cheap = ["gate", "probe_output", "routed_tokens"]
         assert prepare.python_func(method="frequency", baselines=["random"], shards=2) == [
-            {"shard": shard, "statistics": ["routed_tokens"]} for shard in range(2)
+            {"shard": shard, "statistics": cheap} for shard in range(2)
         ]
-        assert prepare.python_func("c-prune", [])[0]["statistics"] == ["gate", "probe_output", "routed_tokens"]
-        assert prepare.python_func("frequency", [])[0]["statistics"] == ["probe_output", "routed_tokens"]
+        assert prepare.python_func("frequency", [])[0]["statistics"] == cheap
+        assert prepare.python_func("frequency", ["reap"])[0]["statistics"] == sorted([*cheap, "gated_norm"])
         with pytest.raises(InputError, match="unknown method"):
             prepare.python_func("frequency", ["magic"])
         with pytest.raises(InputError, match="0 shards"):

@@ -24,7 +24,6 @@ Algorithm = Literal["ward", "average", "k-means"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 Similarity = Literal["outputs", "parameters", "both"]
 SIMILARITIES: tuple[str, ...] = get_args(Similarity)
-STATISTICS = frozenset({"probe_output"})  # what the Stats must hold
 PUBLISHED, AUTO = "published", "auto"
 _CLUSTERS_PER_EXPERT = 12 / 64  # the authors' setting for 64 experts, carried over to other numbers
 _MOST_TRIED = 24  # numbers of clusters, where it is chosen

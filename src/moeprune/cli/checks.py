@@ -71,13 +71,11 @@ def _check_model_and_texts(arguments: dict[str, Any]) -> None:
     quieten()
     with places.local_model(arguments["model"]) as directory:
         checkpoint = Checkpoint(directory, arguments["trust_remote_code"])
+        layout = checkpoint.layout
         top_k = getattr(checkpoint.config.get_text_config(), "num_experts_per_tok", None)
         if top_k:  # a model that calls it otherwise is checked where it is pruned
-            groups, budget = checkpoint.layout.groups, _budget(arguments)
-            layers = {
-                name: LayerStats(layer.experts, top_k, groups=groups)
-                for name, layer in checkpoint.layout.layers.items()
-            }
+            groups, budget = layout.groups, _budget(arguments)
+            layers = {name: LayerStats(layer.experts, top_k, groups=groups) for name, layer in layout.layers.items()}
             if budget.ratio is None:
                 check_reachable(budget, layers, checkpoint)
             elif any(find(name).removes == "experts" for name in [arguments["method"], *arguments["baselines"]]):

@@ -1,7 +1,8 @@
 """Stats: what calibration leaves behind. Sums and counts per layer and expert, in one safetensors file.
 
-Two Stats of the same model add up to the Stats of both data sets, bit for bit, however the data was split into batches
-of blocks.
+Two Stats of the same model add up to the Stats of both data sets, bit for bit where the same blocks stood together in
+batches: what a model puts out for a block is rounded differently in another batch, but sums do not depend on their
+order.
 
 In the file: the metadata entry `moeprune_stats` holds the header as JSON; the tensors are named `<layer>/<statistic>`.
 Counts are int64; sums are the two limbs of an `ExactSum`, so their first axis is 2.
