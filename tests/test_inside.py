@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -102,3 +103,28 @@ def test_batches_and_shards_add_up(model_of: Callable[[str], PreTrainedModel]) -
     for name, layer in one.layers.items():
         for key in layer.sums:
             assert torch.allclose(layer.sum(key), other.layers[name].sum(key), rtol=1e-4, atol=1e-5), key
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "granitemoe"])
+def test_standing_in_costs_what_it_is_defined_as(family: str, model_of: Callable[[str], PreTrainedModel]) -> None:
+    model = model_of(family)
+    ids_BS = torch.cat([tiny.token_ids(6, 4)] * 3, dim=1)  # long enough that some tokens of each are in the sample
+    calls: list[ExpertsCall] = []
+    with torch.no_grad(), observe(model, calls.append):
+        model.base_model(input_ids=ids_BS, use_cache=False)
+    stats = calibrate(InMemoryPass(model), "model", ids_BS, statistics=["stand_in"])
+    length, step = ids_BS.shape[1], math.ceil(tiny.EXPERTS / (0.1 * tiny.TOP_K))
+    for call in calls:
+        expected_EE = torch.zeros(tiny.EXPERTS, tiny.EXPERTS, dtype=torch.float64)
+        for token in range(len(call.x_TH)):
+            if token % length % step != step // 2:
+                continue
+            with torch.no_grad():
+                output_EH = call.every_expert(call.x_TH[token : token + 1])[0].double()
+            for expert, gate in zip(call.index_TK[token].tolist(), call.weight_TK[token].double(), strict=True):
+                loss_E = (output_EH - output_EH[expert]).square().sum(-1)
+                loss_E[expert] = output_EH[expert].square().sum()
+                expected_EE[expert] += gate**2 * loss_E
+        found_EE = stats.layers[call.layer].sum("stand_in")
+        assert expected_EE.abs().sum() > 0
+        torch.testing.assert_close(found_EE, expected_EE, rtol=1e-4, atol=1e-5 * float(expected_EE.max()))
