@@ -209,15 +209,26 @@ class TestLayers:
 
 
 class Case:
-    """A tiny model, pruned by `fuse`, before and after recovery."""
+    """A tiny model in which each expert has one that is nearly like it, pruned by `fuse`, before and after recovery."""
 
     def __init__(self, family: str, source: Path, folder: Path, ratio: float = 0.5) -> None:
-        self.checkpoint = Checkpoint(source)
+        self.checkpoint = Checkpoint(self.with_pairs(source, folder / "pairs"))
         self.original = self.checkpoint.load()
         self.ids_BS = tiny.token_ids(11, 64)
         self.plan = self.plan_for(ratio)
         self.cut = apply(self.checkpoint, self.plan, folder / "cut")
         self.folder = folder
+
+    @staticmethod
+    def with_pairs(source: Path, out: Path) -> Path:
+        model = Checkpoint(source).load()
+        for module in experts_modules(model).values():
+            for expert in range(tiny.EXPERTS // 2):
+                alike = shuffled(read(module, expert), expert)
+                noise_IH = 0.05 * torch.randn(alike.down_IH.shape, generator=torch.Generator().manual_seed(expert))
+                write(module, expert + tiny.EXPERTS // 2, replace(alike, down_IH=alike.down_IH + noise_IH))
+        model.save_pretrained(out)
+        return out
 
     def plan_for(self, ratio: float, method: str = "fuse") -> Plan:
         stats = calibrate(
