@@ -23,11 +23,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from hypothesis import settings
 from transformers import PreTrainedModel
 
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.services import Services, session
 from moeprune.services.ports import free_ports
+
+# How long an example takes is no property of the code: the first may import scikit-learn.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 torch.set_num_threads(1)
 
