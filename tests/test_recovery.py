@@ -121,16 +121,16 @@ class TestMedoids:
 
 class TestRouters:
     @pytest.mark.parametrize("bias", [False, True])
-    def test_where_each_stands_for_itself_nothing_changes(self, bias: bool) -> None:
+    def test_one_that_stands_for_itself_keeps_its_row(self, bias: bool) -> None:
         rng = torch.Generator().manual_seed(3)
         x_TH, row_EH = torch.randn(200, 6, generator=rng), torch.randn(4, 6, generator=rng)
-        shift_E = torch.randn(4, generator=rng) if bias else torch.zeros(4)
-        watched = routers.Watched([x_TH], [x_TH @ row_EH.T + shift_E])
-        found_KH, found_K = routers.fit(watched, [torch.ones(200, dtype=torch.bool)], [[0], [2]], bias=bias)
-        assert (found_K is not None) == bias
-        logits_TK = x_TH @ found_KH.T + (0 if found_K is None else found_K)
-        expected = (x_TH @ row_EH.T + shift_E)[:, [0, 2]].softmax(1)
-        torch.testing.assert_close(logits_TK.softmax(1), expected, atol=5e-3, rtol=0)
+        watched = routers.Watched([x_TH], [x_TH @ row_EH.T])
+        rows_KH, biases_K = routers.change(watched, [torch.ones(200, dtype=torch.bool)], [[0], [2, 1], [3]], bias=bias)
+        assert not rows_KH[[0, 2]].any()
+        assert rows_KH[1].any()
+        assert (biases_K is not None) == bias
+        if biases_K is not None:
+            assert not biases_K[[0, 2]].any()
 
     def test_one_that_stands_for_two_is_wanted_as_both_were(self) -> None:
         rng = torch.Generator().manual_seed(4)
@@ -138,17 +138,18 @@ class TestRouters:
         other_H = torch.randn(6, generator=rng)
         logits_TE = torch.stack([x_TH @ row_H, x_TH @ row_H, x_TH @ other_H], dim=1)
         everything = [torch.ones(300, dtype=torch.bool)]
-        found_KH, found_K = routers.fit(routers.Watched([x_TH], [logits_TE]), everything, [[0, 1], [2]], bias=True)
+        rows_KH, biases_K = routers.change(routers.Watched([x_TH], [logits_TE]), everything, [[0, 1], [2]], bias=True)
+        assert biases_K is not None
+        logits_TK = logits_TE[:, [0, 2]] + x_TH @ rows_KH.T + biases_K
         together_T = logits_TE.softmax(1)[:, :2].sum(1)
-        assert found_K is not None
-        torch.testing.assert_close((x_TH @ found_KH.T + found_K).softmax(1)[:, 0], together_T, atol=5e-3, rtol=0)
+        torch.testing.assert_close(logits_TK.softmax(1)[:, 0], together_T, atol=5e-3, rtol=0)
 
     def test_padding_has_no_say(self) -> None:
         x_TH, row_EH = torch.randn(50, 4), torch.randn(3, 4)
         garbage = routers.Watched([torch.cat([x_TH, x_TH + 9])], [torch.cat([x_TH @ row_EH.T, torch.randn(50, 3)])])
         counts = [torch.arange(100) < 50]
-        clean = routers.fit(routers.Watched([x_TH], [x_TH @ row_EH.T]), [counts[0][:50]], [[0], [1]], bias=False)
-        torch.testing.assert_close(routers.fit(garbage, counts, [[0], [1]], bias=False)[0], clean[0])
+        clean = routers.change(routers.Watched([x_TH], [x_TH @ row_EH.T]), [counts[0][:50]], [[0, 2], [1]], bias=False)
+        torch.testing.assert_close(routers.change(garbage, counts, [[0, 2], [1]], bias=False)[0], clean[0])
 
 
 def calls_of(model: PreTrainedModel, ids_BS: torch.Tensor) -> list[ExpertsCall]:

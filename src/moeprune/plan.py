@@ -113,13 +113,11 @@ class Recovery(BaseModel):
 
     Attributes:
         router: whether the router's rows are fitted, too.
-        experts: what of the experts is fitted: nothing, or their last projections (`down`).
     """
 
     model_config = ConfigDict(extra="forbid")
 
     router: bool = True
-    experts: Literal["none", "down"] = "down"
 
 
 class Plan(BaseModel):

@@ -91,7 +91,7 @@ def run(
     evaluation_blocks: Annotated[
         int, typer.Option(min=1, help="blocks of each held-out text to measure on at most")
     ] = 32,
-    learning_rate: Annotated[float, typer.Option(help="of the recovery, its peak")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="of the distillation, its peak")] = 1e-3,
     registered_model: Annotated[str, typer.Option(metavar="NAME", help="of the model in the registry")] = "moeprune",
     max_loss_increase_nats: Annotated[
         float,

@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from moeprune.recovery.neurons import Neurons, activations, choose, matched_mean, read
+from moeprune.recovery.ridge import regularised, solve
 from moeprune.statistics.observer import ExpertsCall
 
 RIDGES = (0.01, 0.1, 1.0)  # fractions of the neurons' mean second moment
+_RIDGES_OF_CHOICE = (0.01, 0.1)
 _MOST_MEMBERS = 4  # whose neurons there is a choice from; the most used ones
 
 
@@ -73,11 +75,8 @@ def _candidates(
     most_used = sorted(range(len(experts)), key=lambda member: -share_M[member])[:_MOST_MEMBERS]
     everything = _together([experts[member] for member in most_used], [share_M[member] for member in most_used])
     moment_nn, target_nH = _moments(module, everything, tokens)
-    for ridge in RIDGES[:2]:
-        regular_nn = moment_nn + ridge * moment_nn.diagonal().mean() * torch.eye(
-            len(moment_nn), device=moment_nn.device
-        )
-        chosen = choose(regular_nn, target_nH, len(experts[0].down_IH))
+    for ridge in _RIDGES_OF_CHOICE:
+        chosen = choose(regularised(moment_nn, ridge), target_nH, len(experts[0].down_IH))
         yield from _fitted(module, replace(everything.of(chosen), down_IH=0 * experts[0].down_IH), tokens)
 
 
@@ -86,11 +85,7 @@ def _fitted(module: torch.nn.Module, neurons: Neurons, tokens: _Tokens) -> Itera
     moment_II, target_IH = _moments(module, neurons, tokens)
     missing_IH = target_IH - moment_II @ neurons.down_IH
     for ridge in RIDGES:
-        regular_II = moment_II + ridge * moment_II.diagonal().mean() * torch.eye(
-            len(moment_II), device=moment_II.device
-        )
-        change_IH = torch.cholesky_solve(missing_IH, torch.linalg.cholesky(regular_II))
-        yield replace(neurons, down_IH=neurons.down_IH + change_IH)
+        yield replace(neurons, down_IH=neurons.down_IH + solve(moment_II, missing_IH, ridge))
 
 
 def _moments(module: torch.nn.Module, neurons: Neurons, tokens: _Tokens) -> tuple[torch.Tensor, torch.Tensor]:

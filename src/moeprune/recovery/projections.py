@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moeprune.recovery.ridge import solve
 from moeprune.statistics.inside import down_weight
 from moeprune.statistics.observer import ExpertsCall
 
@@ -75,15 +76,10 @@ def _held_out_error(missing: Sequence[torch.Tensor], held_out: Sequence[torch.Te
 def _best_change(neuron_nI: torch.Tensor, missing_nH: torch.Tensor, held_n: torch.Tensor) -> torch.Tensor | None:
     """`[H, I]`: what to add to a projection; None where nothing helps on the tokens that are held out."""
     fitted_nI, unseen_nI, unseen_nH = neuron_nI[~held_n], neuron_nI[held_n], missing_nH[held_n]
-    moment_II = fitted_nI.T @ fitted_nI
-    scale = moment_II.diagonal().mean()
-    if not len(unseen_nI) or not scale > 0:
-        return None
-    target_IH = fitted_nI.T @ missing_nH[~held_n]
+    moment_II, target_IH = fitted_nI.T @ fitted_nI, fitted_nI.T @ missing_nH[~held_n]
     best, least = None, unseen_nH.square().sum()
     for ridge in RIDGES:
-        regular_II = moment_II + ridge * scale * torch.eye(len(moment_II), device=moment_II.device)
-        change_IH = torch.cholesky_solve(target_IH, torch.linalg.cholesky(regular_II))
+        change_IH = solve(moment_II, target_IH, ridge)
         error = (unseen_nH - unseen_nI @ change_IH).square().sum()
         if error < least:
             best, least = change_IH.T, error

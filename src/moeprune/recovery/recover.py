@@ -4,8 +4,7 @@ At each layer the router's rows are fitted first, then experts that stand for se
 the layer puts out is fitted to what the original puts out. Nothing is trained: each step is a least-squares solution.
 
 Each layer is fed by the original, not by the fitted layers before it. Inputs that have drifted make least squares
-cautious: what it cannot tell from them it leaves out, every layer leaves out a little more, and the loss of a deep
-model grows although every layer's error falls.
+cautious: what it cannot tell from them it leaves out, and every layer leaves out a little more.
 """
 
 from __future__ import annotations
@@ -67,24 +66,24 @@ def recover(
     Raises:
         InputError: the plan asks for no recovery, or too little text to hold a sequence out.
     """
-    if (how := plan.recovery) is None:
+    if plan.recovery is None:
         raise InputError("the plan asks for no recovery; make one with a method that does, or with `--recover`")
     before, after = {}, {}
-    names = routers.names_of(layout) if how.router else {}
+    names = routers.names_of(layout) if plan.recovery.router else {}
     modules = experts_modules(pruned)
     counts = [batch.mask_BS.flatten().to(pruned.device) for batch in batches]
     held_out = [mask.to(pruned.device) for mask in _held_out(batches)]
     watching = routers.Routers(original, names)
     with streaming(original, batches) as teacher:
         for done, (name, module) in enumerate(modules.items(), start=1):
-            layer = plan.layers[name]
+            groups = _groups(plan.layers[name])
             with watching:
                 teacher.go_to(name)
             if watched := watching.seen.pop(name, None):
-                _fit_router(pruned, layout[name], names[name], watched, counts, layer)
+                _fit_router(pruned, layout[name], names[name], watched, counts, groups)
             wanted = [call.run() for call in teacher.calls]
             say = roots(wanted, counts)
-            for place, members in enumerate(_groups(layer)):
+            for place, members in enumerate(groups):
                 if len(members) > 1 and (fused := fuse(teacher.calls, say, held_out, members)):
                     write(module, place, fused)
             calls = calls_of(pruned, name, teacher.given)
@@ -104,17 +103,14 @@ def _fit_router(
     weight_name: str,
     watched: routers.Watched,
     counts: Sequence[torch.Tensor],
-    layer: LayerPlan,
+    groups: Sequence[Sequence[int]],
 ) -> None:
-    weight = pruned.get_parameter(weight_name)
+    """Where there are rows past the experts', for the choice of none, these are left as they are."""
     bias_name = weight_name.removesuffix("weight") + "bias"
-    biased = bias_name in layout.parameters
-    row_KH, bias_K = routers.fit(watched, counts, _groups(layer), bias=biased)
-    if weight.shape != row_KH.shape:
-        return  # rows past the experts', for the choice of none: as they are
-    weight.copy_(row_KH)
-    if bias_K is not None:
-        pruned.get_parameter(bias_name).copy_(bias_K)
+    change_KH, change_K = routers.change(watched, counts, groups, bias=bias_name in layout.parameters)
+    pruned.get_parameter(weight_name)[: len(groups)] += change_KH.to(pruned.device)
+    if change_K is not None:
+        pruned.get_parameter(bias_name)[: len(groups)] += change_K.to(pruned.device)
 
 
 def _held_out(batches: Sequence[Batch]) -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
 """Routers of fewer experts: each row learns how much its expert and those it stands in for were wanted.
 
 Softmax or sigmoid, a router prefers by logits; that of several experts together is the logarithm of the sum of their
-exponentials. The rows are the least-squares fit of that to the router's inputs.
+exponentials. What that adds to the expert's own logit is fitted to the router's inputs by least squares.
 
 Axes: T tokens, E experts, K experts that stay, H hidden size.
 """
@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from moeprune.checkpoint.layout import LayerLayout
+from moeprune.recovery.ridge import solve
 
 _RIDGE = 1e-3  # a fraction of the mean second moment of the inputs
 
@@ -55,30 +56,30 @@ def names_of(layers: dict[str, LayerLayout]) -> dict[str, str]:
     return found
 
 
-def fit(
+def change(
     watched: Watched, counts: Sequence[torch.Tensor], groups: Sequence[Sequence[int]], *, bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows, and biases where the router has them, for experts that stand for several.
+    """What to add to the rows, and to the biases where the router has them, of experts that stand for several.
 
-    A softmax does not see what all logits have in common, so neither does the fit.
+    What is fitted is how much more an expert and those it stands for were wanted than the expert alone: one that stands
+    for itself keeps its row, whatever the router makes of its logits.
 
     Args:
         counts: bool `[T]` for each batch; False is padding.
-        groups: for each expert that stays, the originals it stands for, itself included.
+        groups: for each expert that stays, itself and then the others it stands for.
 
     Returns:
         `[K, H]` and `[K]` or None, float32.
     """
+    first = [members[0] for members in groups]
     size = watched.inputs[0].shape[1] + bias
     moment, target = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, len(groups)).double()
     for x_TH, logits_TE, counts_T in zip(watched.inputs, watched.logits, counts, strict=True):
         x_TH, logits_TE = x_TH[counts_T].float(), logits_TE[counts_T].float()
         if bias:
             x_TH = torch.cat([x_TH, torch.ones_like(x_TH[:, :1])], dim=1)
-        wanted_TK = torch.stack([logits_TE[:, list(members)].logsumexp(1) for members in groups], dim=1)
-        wanted_TK -= wanted_TK.mean(1, keepdim=True)
+        together_TK = torch.stack([logits_TE[:, list(members)].logsumexp(1) for members in groups], dim=1)
         moment += (x_TH.T @ x_TH).double().cpu()
-        target += (x_TH.T @ wanted_TK).double().cpu()
-    moment.diagonal().add_(_RIDGE * moment.diagonal().mean())
-    row_KH = torch.linalg.solve(moment, target).T.float()
-    return (row_KH[:, :-1], row_KH[:, -1]) if bias else (row_KH, None)
+        target += (x_TH.T @ (together_TK - logits_TE[:, first])).double().cpu()
+    change_KH = solve(moment, target, _RIDGE).T.float()
+    return (change_KH[:, :-1], change_KH[:, -1]) if bias else (change_KH, None)
