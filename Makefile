@@ -36,7 +36,7 @@ methods: $(VENV)/ready-dev  ## write the tables of docs/methods.md
 	@$(BIN)/pytest -q tests/test_methods_page.py --write-methods
 
 bench: $(VENV)/ready-dev build/peer/ready  ## measure speed and memory, alone on the machine; writes benchmarks/results
-	@for name in surgery calibration streaming growth; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@for name in surgery calibration streaming growth condensing; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	@$(BIN)/python benchmarks/peers.py --peer-python build/peer/bin/python
 
 bench-quality: $(VENV)/ready-dev  ## what every method keeps, at every size; ARGS='--model M --domain NAME=TRAIN,HELD': of yours

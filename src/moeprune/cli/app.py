@@ -49,7 +49,11 @@ TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="run modelling code that the model brings along")
 ]
 RatioOption = Annotated[
-    float | None, typer.Option("--ratio", help="fraction of the routed experts to remove, at least 0 and below 1")
+    float | None,
+    typer.Option(
+        "--ratio",
+        help="fraction to remove, at least 0 and below 1: of the routed experts, or of what else the method is for",
+    ),
 ]
 ParametersRatioOption = Annotated[
     float,

@@ -237,17 +237,17 @@ def _carry_out(
     stats: str,
     out: str,
     recovery: Recovery,
-    label: str = "apply",
+    label: str | None = None,
 ) -> Applied:
     """All that a plan says, recovery too."""
     with places.local_file(plan) as plan_path:
         decided = Plan.load(plan_path)
     if not decided.recovery:
-        return _apply(run, source, plan, stats, out, SHARD_BYTES, label)
+        return _apply(run, source, plan, stats, out, SHARD_BYTES, label or "apply")
     with places.output(out) as path, tempfile.TemporaryDirectory(prefix="moeprune-") as scratch:
         cut = Path(scratch) / "cut"
-        made = _apply(run, source, plan, stats, str(cut), SHARD_BYTES, label)
-        recovery(run, Checkpoint(cut), decided, path, label)
+        made = _apply(run, source, plan, stats, str(cut), SHARD_BYTES, label or "apply")
+        recovery(run, Checkpoint(cut), decided, path, label or "recover")
     return made
 
 
