@@ -22,7 +22,7 @@ from moeprune.methods import make_plan
 from moeprune.methods.medoids import choose as choose_medoids
 from moeprune.methods.medoids import nearest
 from moeprune.plan import Plan, Recovery, Sparsity
-from moeprune.recovery import projections, recover_checkpoint, routers
+from moeprune.recovery import projections, recover_checkpoint, routers, say
 from moeprune.recovery.fusing import fuse
 from moeprune.recovery.neurons import Neurons, activations, choose, matched_mean, read, write
 from moeprune.statistics.calibration import calibrate
@@ -181,6 +181,31 @@ class TestLayers:
             expected = output(module, read(module, 1), x_TH)
             torch.testing.assert_close(output(module, made, x_TH), expected, rtol=1e-2, atol=1e-3)
 
+    def test_what_is_made_of_different_experts_is_better_than_one_of_them(
+        self, model_of: Callable[[str], PreTrainedModel]
+    ) -> None:
+        calls = calls_of(model_of("mixtral"), tiny.token_ids(2, 60))
+        module, members = calls[0].module, [1, 3]
+        everything, unseen = self.everything * 10, self.unseen * 10
+        with torch.no_grad():
+            made = fuse(calls, everything, unseen, members)
+            assert made is not None
+
+            def missed(by: Neurons) -> float:
+                """On the tokens held out, of what both experts put out together."""
+                total = 0.0
+                for call, held_T in zip(calls, unseen, strict=True):
+                    gate_TM = torch.stack(
+                        [((call.index_TK == member) * call.weight_TK).sum(1) for member in members], dim=1
+                    )
+                    outputs = [output(module, read(module, member), call.x_TH) for member in members]
+                    wanted_TH = sum(gate_TM[:, place, None] * out_TH for place, out_TH in enumerate(outputs))
+                    given_TH = gate_TM.sum(1, keepdim=True) * output(module, by, call.x_TH)
+                    total += float((wanted_TH - given_TH)[held_T].square().sum())
+                return total
+
+            assert missed(made) < 0.9 * min(missed(read(module, member)) for member in members)
+
     def test_experts_that_no_token_chose_make_none(self, model_of: Callable[[str], PreTrainedModel]) -> None:
         calls = calls_of(model_of("mixtral"), tiny.token_ids(2, 6))
         chosen_by_none = [replace(call, index_TK=torch.zeros_like(call.index_TK)) for call in calls]
@@ -197,6 +222,20 @@ class TestLayers:
         assert before == pytest.approx(0.25, rel=1e-3)
         assert after < before / 10
 
+    def test_tokens_without_a_say_are_as_if_they_were_not_there(self, checkpoint_of: Callable[[str], Path]) -> None:
+        fitted = []
+        for present in (60, 30):
+            model = Checkpoint(checkpoint_of("mixtral")).load()
+            calls = calls_of(model, tiny.token_ids(2, 60))
+            with torch.no_grad():
+                wanted = [call.run() for call in calls]
+                first_experts(model).get_parameter("down_proj").mul_(0.5)
+            roots = [torch.full_like(self.everything[0], float(place < 30)) for place in range(present)]
+            moved = [replace(call) for call in calls[:present]]
+            projections.fit(moved, wanted[:present], roots, (self.unseen * 10)[:present])
+            fitted.append(first_experts(model).get_parameter("down_proj").detach())
+        torch.testing.assert_close(fitted[0], fitted[1])
+
     def test_what_only_padding_says_changes_nothing(self, checkpoint_of: Callable[[str], Path]) -> None:
         model = Checkpoint(checkpoint_of("mixtral")).load()
         calls = calls_of(model, tiny.token_ids(2, 6))
@@ -207,6 +246,19 @@ class TestLayers:
         none = [torch.zeros_like(counts_T) for counts_T in self.everything]
         projections.fit([replace(call) for call in calls], wanted, none, self.unseen)
         assert torch.equal(module.get_parameter("down_proj"), weights)
+
+
+def test_a_few_huge_outputs_have_no_larger_say_than_usual_ones() -> None:
+    out_TH = torch.randn(100, 8, generator=torch.Generator().manual_seed(5))
+    out_TH[3] *= 100
+    counts_T = torch.arange(100) < 90
+    (root_T,) = say.roots([out_TH], [counts_T])
+    heard_T = (out_TH * root_T[:, None]).square().sum(1)
+    usual = out_TH[:90].square().sum(1).median()
+    assert heard_T[3] == pytest.approx(float(usual), rel=1e-4)
+    assert (root_T[90:] == 0).all()
+    quieter = counts_T & (out_TH.square().sum(1) < usual)
+    assert (root_T[quieter] == 1).all()
 
 
 class Case:
