@@ -48,6 +48,9 @@ def test_from_the_command_line(
 ) -> None:
     plan, pruned = cut("frequency", recover=True)
     out = tmp_path / "recovered"
+    code, said, error = run_cli("apply", "--model", qwen, "--plan", plan, "--out", tmp_path / "once more")
+    assert code == 0, error
+    assert "`moeprune recover`" in said
     code, said, error = run_cli(
         *("recover", "--model", qwen, "--pruned", pruned, "--plan", plan, "--data", corpus, "--out", out),
         *("--block-tokens", 24, "--max-blocks", 64),

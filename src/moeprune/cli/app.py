@@ -218,6 +218,8 @@ def apply(
     if made.needs_code:
         needs_code = "; it brings a modelling file, so load it with trust_remote_code=True"
     console.print(f"{out}: written{needs_code}")
+    if made.plan.recovery:
+        console.print("The plan asks for what stays to be fitted next: `moeprune recover`; until then it is worse.")
     if made.plan.sparsity:
         console.print(f"{made.zeros:,} of {made.parameters:,} parameters were made zero. {ZEROS_TAKE_ROOM}")
 
