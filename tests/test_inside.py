@@ -105,10 +105,12 @@ def test_batches_and_shards_add_up(model_of: Callable[[str], PreTrainedModel]) -
             assert torch.allclose(layer.sum(key), other.layers[name].sum(key), rtol=1e-4, atol=1e-5), key
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "granitemoe"])
-def test_standing_in_costs_what_it_is_defined_as(family: str, model_of: Callable[[str], PreTrainedModel]) -> None:
+@pytest.mark.parametrize(("family", "blocks"), [("qwen2_moe", 3), ("granitemoe", 3), ("granitemoe", 1)])
+def test_standing_in_costs_what_it_is_defined_as(
+    family: str, blocks: int, model_of: Callable[[str], PreTrainedModel]
+) -> None:
     model = model_of(family)
-    ids_BS = torch.cat([tiny.token_ids(6, 4)] * 3, dim=1)  # long enough that some tokens of each are in the sample
+    ids_BS = torch.cat([tiny.token_ids(6, 4)] * blocks, dim=1)  # longer and shorter than the step between samples
     calls: list[ExpertsCall] = []
     with torch.no_grad(), observe(model, calls.append):
         model.base_model(input_ids=ids_BS, use_cache=False)
@@ -117,7 +119,7 @@ def test_standing_in_costs_what_it_is_defined_as(family: str, model_of: Callable
     for call in calls:
         expected_EE = torch.zeros(tiny.EXPERTS, tiny.EXPERTS, dtype=torch.float64)
         for token in range(len(call.x_TH)):
-            if token % length % step != step // 2:
+            if token % length % step != min(step, length) // 2:
                 continue
             with torch.no_grad():
                 output_EH = call.every_expert(call.x_TH[token : token + 1])[0].double()
@@ -128,3 +130,16 @@ def test_standing_in_costs_what_it_is_defined_as(family: str, model_of: Callable
         found_EE = stats.layers[call.layer].sum("stand_in")
         assert expected_EE.abs().sum() > 0
         torch.testing.assert_close(found_EE, expected_EE, rtol=1e-4, atol=1e-5 * float(expected_EE.max()))
+
+
+def test_a_padded_document_stands_in_as_it_does_alone(model_of: Callable[[str], PreTrainedModel]) -> None:
+    ids_BS = tiny.token_ids(6, 4)
+    mask_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+    mask_BS[:, -4:] = False
+    padded, alone = (
+        calibrate(InMemoryPass(model_of("mixtral")), "model", ids, mask, statistics=["stand_in"])
+        for ids, mask in ((ids_BS, mask_BS), (ids_BS[:, :-4], mask_BS[:, :-4]))
+    )
+    for name, layer in padded.layers.items():
+        assert layer.sum("stand_in").abs().sum() > 0
+        torch.testing.assert_close(layer.sum("stand_in"), alone.layers[name].sum("stand_in"), rtol=1e-4, atol=1e-6)

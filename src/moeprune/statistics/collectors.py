@@ -187,8 +187,9 @@ def _stand_in(seen: Seen) -> torch.Tensor:
     call = seen.call
     _all_in_memory(call)
     step = math.ceil(call.layer_experts / (_STAND_IN_SHARE * call.index_TK.shape[-1]))
-    tokens = torch.arange(len(call.x_TH), device=call.x_TH.device)
-    sample_n = tokens[(tokens % seen.mask_BS.shape[1] % step == step // 2) & seen.mask_BS.flatten().to(tokens.device)]
+    place_BS = seen.mask_BS.cumsum(1) - 1
+    first_B1 = seen.mask_BS.sum(1, keepdim=True).clamp(max=step) // 2  # so that short sequences have a say, too
+    sample_n = (seen.mask_BS & (place_BS % step == first_B1)).flatten().nonzero()[:, 0].to(call.x_TH.device)
     index_nK, weight_nK = call.index_TK[sample_n].to(torch.int64), call.weight_TK[sample_n].double()
     output_nEH = call.every_expert(call.x_TH[sample_n]).float()
     there_nK = index_nK < call.layer_experts

@@ -67,7 +67,8 @@ class ExpertsCall:
         inputs, experts = len(x_NH), len(self.experts)
         index = torch.arange(experts, device=x_NH.device).repeat(inputs)[:, None].to(self.index_TK.dtype)
         ones = torch.ones(index.shape, dtype=self.weight_TK.dtype, device=x_NH.device)
-        return self.forward(self.module, x_NH.repeat_interleave(experts, dim=0), index, ones).view(inputs, experts, -1)
+        output_QH = self.forward(self.module, x_NH.repeat_interleave(experts, dim=0), index, ones)
+        return output_QH.view(inputs, experts, output_QH.shape[-1])
 
 
 Watcher = Callable[[ExpertsCall], None]
