@@ -89,27 +89,21 @@ class NotInMemoryError(Exception):
 
 
 class Noting(TorchDispatchMode):
-    """While it is on, what the operations of a pass make is noted by whoever holds for that pass.
+    """What the operations of a pass make is noted by whoever holds for that pass, inside `on_behalf_of`.
 
     Raises:
         NotInMemoryError: an operation of the pass is given a tensor on the meta device.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._held: Held | None = None
+    _held: Held
 
     @contextmanager
     def on_behalf_of(self, held: Held) -> Iterator[None]:
         self._held = held
-        try:
+        with self:
             yield
-        finally:
-            self._held = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._held is None:
-            return func(*args, **(kwargs or {}))
         given = list(_tensors((args, kwargs)))
         if any(tensor.is_meta for tensor in given):  # on the meta device operations run, and give nothing
             raise NotInMemoryError(f"{func} is given weights of a part that the pass has not entered")

@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 
+from moeprune.checkpoint import modelling
 from moeprune.checkpoint.layout import build_without_weights, experts_modules, with_experts
 from moeprune.checkpoint.loading import Checkpoint, one_after_another, undoing_quantisation
 from moeprune.errors import InputError
@@ -47,6 +48,7 @@ class PagedModel:
         self.dtype = dtype
         self._device = device
         self._config, self._quantizer = _dequantising(checkpoint.config, device)
+        self._trusted = checkpoint.trust_remote_code or modelling.is_ours(checkpoint.directory)
         self.model = self._prepared(self._config)
         self.layers = list(experts_modules(self.model))
         self._of_fewer_experts: dict[int, PreTrainedModel] = {}
@@ -54,7 +56,8 @@ class PagedModel:
         self.parts = list(self._parameters_of)
         self._part_of = {name: part for part, names in self._parameters_of.items() for name in names}
         self._on_meta = {name: self._get(name) for names in self._parameters_of.values() for name in names}
-        self._stored_of, self._stored_experts_of = self._find_stored()
+        self._name_of = self._find_stored()
+        self._stored_of, self._stored_experts_of = self._sort_stored()
         self._in_memory: list[str] = []
 
     def bytes_of(self, part: str) -> int:
@@ -92,15 +95,27 @@ class PagedModel:
     def experts(self, layer: str, which: range) -> Iterator[torch.nn.Module]:
         """An experts module of the layer's kind that holds only these experts, in memory inside the block."""
         model = self.model if len(which) == self.experts_of(layer) else self._with_experts(len(which))
-        module = model.get_submodule(layer)
+        with self._in_place(model, layer, self._renumbered(layer, which)) as module:
+            yield module
+
+    @contextmanager
+    def whole(self, name: str) -> Iterator[torch.nn.Module]:
+        """A module inside a layer with all that it holds, routed experts too, in memory inside the block."""
+        stored = {one: self._lazy(one) for one, own in self._name_of.items() if _is_inside(own, name)}
+        with self._in_place(self.model, name, stored) as module:
+            yield module
+
+    @contextmanager
+    def _in_place(self, model: PreTrainedModel, name: str, stored: dict[str, _Lazy]) -> Iterator[torch.nn.Module]:
+        module = model.get_submodule(name)
         before = dict(module.state_dict(keep_vars=True))
-        self._load(model, self._renumbered(layer, which))
-        self._check_complete(layer, module)
+        self._load(model, stored)
+        self._check_complete(name, module)
         try:
             yield module
         finally:
-            for name, tensor in before.items():
-                _put(module, name, tensor)
+            for own, tensor in before.items():
+                _put(module, own, tensor)
 
     def _with_experts(self, count: int) -> PreTrainedModel:
         """The same model with fewer experts in each layer, on the meta device."""
@@ -124,7 +139,7 @@ class PagedModel:
 
     def _prepared(self, config: PretrainedConfig) -> PreTrainedModel:
         """A model on the meta device, but for the buffers that are computed and not stored: those as after loading."""
-        model = build_without_weights(config, dtype=self.dtype)
+        model = build_without_weights(config, dtype=self.dtype, trust_remote_code=self._trusted)
         if self._quantizer is not None:
             self._quantizer.preprocess_model(model=model, dtype=self.dtype, device_map={"": self._device})
         for name in [*dict(model.named_parameters()), *dict(model.named_buffers())]:
@@ -152,18 +167,23 @@ class PagedModel:
             parts.setdefault(owner, []).append(name)
         return parts
 
-    def _find_stored(self) -> tuple[dict[str, dict[str, _Lazy]], dict[str, dict[str, _Lazy]]]:
-        """Which stored tensors make up each part, and each layer's experts."""
+    def _find_stored(self) -> dict[str, str]:
+        """Stored tensor -> the parameter or buffer that it is, or is a part of."""
         conversions = get_model_conversion_mapping(self.model, None, self._quantizer)
         renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
         converters = [one for one in conversions if isinstance(one, WeightConverter)]
         state = self.model.state_dict()
-        of_part: dict[str, dict[str, _Lazy]] = {part: {} for part in self.parts}
-        of_experts: dict[str, dict[str, _Lazy]] = {layer: {} for layer in self.layers}
+        found = {}
         for stored in self._checkpoint.files.entries:
             name, _ = rename_source_key(stored, renamings, converters, self.model.base_model_prefix, state)
-            if name not in state and stored in state:
-                name = stored
+            found[stored] = stored if name not in state and stored in state else name
+        return found
+
+    def _sort_stored(self) -> tuple[dict[str, dict[str, _Lazy]], dict[str, dict[str, _Lazy]]]:
+        """Which stored tensors make up each part, and each layer's experts."""
+        of_part: dict[str, dict[str, _Lazy]] = {part: {} for part in self.parts}
+        of_experts: dict[str, dict[str, _Lazy]] = {layer: {} for layer in self.layers}
+        for stored, name in self._name_of.items():
             if name in self._part_of:
                 of_part[self._part_of[name]][stored] = self._lazy(stored)
             else:

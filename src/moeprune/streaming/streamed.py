@@ -1,7 +1,8 @@
 """A forward pass over a whole data set that brings each part of the model in once.
 
 All batches go through the first part, then all through the second, and so on. Experts that do not fit together are
-brought in some at a time, and their contributions to a token added up.
+brought in some at a time, and their contributions to a token added up. Whoever wants to see whole MoE blocks is told
+what each is given and puts out, and when all batches have passed it.
 
 Axes: T tokens of a batch, padding included, K experts per token, H hidden size, N (token, expert) pairs.
 """
@@ -15,12 +16,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from moeprune.checkpoint.loading import Checkpoint, default_device, default_dtype
 from moeprune.errors import InputError
 from moeprune.fitting import is_out_of_memory
+from moeprune.moe_blocks import block_of
 from moeprune.statistics.observer import ExpertsCall, intercept
 from moeprune.statistics.passes import Batch, Watch
 from moeprune.streaming.holding import Held, Noting, NotInMemoryError
@@ -51,6 +54,43 @@ class _Experts:
     call: ExpertsCall = field(compare=False)
 
 
+@dataclass(frozen=True)
+class _Entered:
+    """A door: the pass has entered this layer's MoE block."""
+
+    layer: str
+    args: tuple[Any, ...] = field(compare=False)
+    kwargs: dict[str, Any] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class _Left:
+    """A door: the pass is about to leave this layer's MoE block."""
+
+    layer: str
+    output: Any = field(compare=False)
+
+
+class BlockWatcher(Protocol):
+    """Whoever wants to see MoE blocks.
+
+    Attributes:
+        layers: names of the experts modules whose blocks it wants to see. The passes end after the last of them.
+    """
+
+    @property
+    def layers(self) -> Sequence[str]: ...
+
+    def given(self, layer: str, number: int, rows: slice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What the forward of the layer's block is given for these rows of a batch. The tensors are the pass's."""
+
+    def put_out(self, layer: str, number: int, rows: slice, output: Any) -> None:
+        """What it returns for them, likewise."""
+
+    def passed(self, layer: str) -> None:
+        """All batches have passed the layer's block. Autograd works here, and `StreamedPass.experts`."""
+
+
 @dataclass
 class _Passing:
     """One batch on its way.
@@ -59,11 +99,11 @@ class _Passing:
         lane: its forward pass.
         held: what that holds.
         number, rows: which batch it is a part of, and which part.
-        ahead: layers whose experts it has yet to come to.
+        ahead: layers that it must come to yet before it may end.
         output_TH: what the experts that were brought in up to now have put out.
     """
 
-    lane: Lane[_Part | _Experts]
+    lane: Lane[_Part | _Experts | _Entered | _Left]
     held: Held
     number: int
     rows: slice
@@ -105,23 +145,46 @@ class StreamedPass:
             InputError: the limit is too small, memory ran out, or the model's forward pass uses weights without
                 entering their part.
         """
+        self._pass(batches, partial(_run_and_show, watch, inside), None, on_progress)
+
+    def blocks(self, batches: Sequence[Batch], watcher: BlockWatcher) -> None:
+        """Run batches through the model for someone who wants to see its MoE blocks.
+
+        Raises:
+            InputError: as above.
+        """
+        self._pass(batches, _only_run, watcher, lambda done, total: None)
+
+    @contextmanager
+    def experts(self, layer: str) -> Iterator[torch.nn.Module]:
+        """All experts of a layer, in memory inside the block, while all passes stand still (`BlockWatcher.passed`)."""
+        with self._paged.experts(layer, range(self._paged.experts_of(layer))) as module:
+            yield module
+
+    def _pass(
+        self,
+        batches: Sequence[Batch],
+        run_and_show: _RunAndShow,
+        watcher: BlockWatcher | None,
+        on_progress: Callable[[int, int], None],
+    ) -> None:
         if self._limit is not None:
             return_freed_memory()
         rows, room = self._share_out(batches)
         noting = Noting()
+        until = self.layers if watcher is None else watcher.layers
         with (
             tempfile.TemporaryDirectory(prefix="moeprune-", dir=self._scratch) as scratch,
             torch.inference_mode(),
-            self._doors(),
-            noting,
+            self._doors(() if watcher is None else watcher.layers),
         ):
             passing = [
-                self._start(number, batch, slice(start, min(start + rows, len(batch))), Path(scratch))
+                self._start(number, batch, slice(start, min(start + rows, len(batch))), set(until), Path(scratch))
                 for number, batch in enumerate(batches)
                 for start in range(0, len(batch), rows)
             ]
             try:
-                self._run(passing, room, noting, partial(_run_and_show, watch, inside), on_progress)
+                self._run(passing, room, noting, run_and_show, watcher, on_progress)
             except NotInMemoryError as error:
                 raise InputError(
                     f"this model's parts use weights of each other, so that it cannot be streamed ({error}); calibrate "
@@ -165,14 +228,24 @@ class StreamedPass:
         return tokens * (12 * hidden + top_k * (3 * width + 2 * hidden)) * item
 
     @contextmanager
-    def _doors(self) -> Iterator[None]:
-        """Have every pass stop where it enters a part, and where it needs experts."""
+    def _doors(self, watched: Sequence[str]) -> Iterator[None]:
+        """Have every pass stop where it enters a part, where it needs experts, and around blocks that are watched."""
 
         def enter(door: _Part, module: torch.nn.Module, args: tuple) -> None:
             stop_at(door)
 
+        def enter_block(layer: str, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            stop_at(_Entered(layer, args, kwargs))
+
+        def leave_block(layer: str, module: torch.nn.Module, args: tuple, output: Any) -> None:
+            stop_at(_Left(layer, output))
+
         modules = {part: self._paged.model.get_submodule(part) for part in self._paged.parts}
         handles = [module.register_forward_pre_hook(partial(enter, _Part(part))) for part, module in modules.items()]
+        for layer in watched:
+            block = self._paged.model.get_submodule(block_of(layer))
+            handles.append(block.register_forward_pre_hook(partial(enter_block, layer), with_kwargs=True))
+            handles.append(block.register_forward_hook(partial(leave_block, layer)))
         try:
             with intercept(self._paged.model, lambda call: stop_at(_Experts(call.layer, call))):
                 yield
@@ -180,12 +253,12 @@ class StreamedPass:
             for handle in handles:
                 handle.remove()
 
-    def _start(self, number: int, batch: Batch, rows: slice, scratch: Path) -> _Passing:
+    def _start(self, number: int, batch: Batch, rows: slice, ahead: set[str], scratch: Path) -> _Passing:
         part = batch.rows(rows)
         mask_BS = None if part.mask_BS.all() else part.mask_BS.to(self._device)
         ids_BS = part.ids_BS.to(self._device)
         run = partial(self._paged.model.base_model, input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
-        return _Passing(Lane(run), Held(scratch / f"{number}-{rows.start}"), number, rows, set(self.layers))
+        return _Passing(Lane(run), Held(scratch / f"{number}-{rows.start}"), number, rows, ahead)
 
     def _run(
         self,
@@ -193,9 +266,10 @@ class StreamedPass:
         room: Room,
         noting: Noting,
         run_and_show: _RunAndShow,
+        watcher: BlockWatcher | None,
         on_progress: Callable[[int, int], None],
     ) -> None:
-        steps = len(passing) * len(self.layers)
+        steps = sum(len(one.ahead) for one in passing)
         for one in passing:
             self._go_on(one, passing, room, noting)
         while waiting := [one for one in passing if one.lane.door is not None]:
@@ -203,19 +277,59 @@ class StreamedPass:
             here = [one for one in waiting if one.lane.door == door]
             if isinstance(door, _Experts):
                 for one, out_TH in self._run_experts(door.layer, here, passing, room, run_and_show):
-                    one.ahead.discard(door.layer)
-                    on_progress(steps - sum(len(other.ahead) for other in passing), steps)
-                    if one.ahead:
-                        self._go_on(one, passing, room, noting, out_TH)
-                    else:
-                        one.lane.end()
-                        one.held.forget()
-            elif door is not None:
+                    if watcher is None:
+                        one.ahead.discard(door.layer)
+                        on_progress(steps - sum(len(other.ahead) for other in passing), steps)
+                    self._go_on_or_end(one, passing, room, noting, out_TH)
+            elif isinstance(door, _Part):
                 self._paged.enter(door.name)
                 for one in here:
                     self._go_on(one, passing, room, noting)
+            elif watcher is not None and door is not None:
+                self._show_block(door, here, passing, room, watcher)
+                for one in here:
+                    self._go_on_or_end(one, passing, room, noting)
             if self._limit is not None:
                 return_freed_memory()
+
+    def _show_block(
+        self,
+        door: _Entered | _Left,
+        here: list[_Passing],
+        passing: list[_Passing],
+        room: Room,
+        watcher: BlockWatcher,
+    ) -> None:
+        for one in here:
+            one.held.restore()
+            match one.lane.door:
+                case _Entered(layer, args, kwargs):
+                    watcher.given(layer, one.number, one.rows, args, kwargs)
+                case _Left(layer, output):
+                    watcher.put_out(layer, one.number, one.rows, output)
+                    one.ahead.discard(layer)
+            self._settle(one, passing, room)
+        if isinstance(door, _Left):
+            if self._limit is not None:  # what is done meanwhile has the room for itself
+                for one in passing:
+                    one.held.spill()
+                return_freed_memory()
+            with torch.inference_mode(False):
+                watcher.passed(door.layer)
+
+    def _go_on_or_end(
+        self,
+        one: _Passing,
+        passing: list[_Passing],
+        room: Room,
+        noting: Noting,
+        answer: torch.Tensor | None = None,
+    ) -> None:
+        if one.ahead:
+            self._go_on(one, passing, room, noting, answer)
+        else:
+            one.lane.end()
+            one.held.forget()
 
     def _go_on(
         self,
@@ -268,6 +382,10 @@ class StreamedPass:
         """See that what the passes hold leaves room: of those that take turns, the last is needed again latest."""
         if sum(other.held.bytes_in_memory for other in passing) > room.activations:
             one.held.spill()
+
+
+def _only_run(number: int, rows: slice, call: ExpertsCall) -> torch.Tensor:
+    return _run_range(call)
 
 
 def _nearly_equal(everyone: range, at_once: int) -> Iterator[range]:
