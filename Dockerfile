@@ -13,7 +13,7 @@ COPY constraints.txt pyproject.toml README.md ./
 COPY components components
 COPY pipelines pipelines
 COPY src src
-RUN /opt/moeprune/bin/pip install --no-cache-dir -c constraints.txt '.[tracking,pipelines]'
+RUN /opt/moeprune/bin/pip install --no-cache-dir -c constraints.txt '.[tracking,pipelines,cluster]'
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="moeprune" \

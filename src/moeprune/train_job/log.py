@@ -1,0 +1,64 @@
+"""The lines of a pod as they come, each once, though every look asks for some of them again."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import deque
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+from moeprune.errors import InputError, MoepruneError, ServiceError
+from moeprune.train_job.cluster import Cluster
+
+_OUR_ERROR = re.compile(r"(?:\[rank\d+\]: )?moeprune\.errors\.(\w+): (.+)")  # torch says whose it is
+_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)")
+_SECONDS_AGAIN = 5  # of what was read: lines come late
+_BEFORE_ALL = (datetime.min.replace(tzinfo=UTC), "")
+
+
+class NodeLog:
+    """What one node says, whichever pod it is in at the time."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._pod = ""
+        self._last_time = _BEFORE_ALL
+        self._asked_at: float | None = None
+        self._said: deque[str] = deque(maxlen=200)
+
+    def new_lines(self, pod: str) -> Iterator[str]:
+        """What `pod` has said since the last look. A log that cannot be read now may be readable at the next."""
+        if pod != self._pod:
+            self._pod, self._last_time, self._asked_at = pod, _BEFORE_ALL, None
+        now = time.monotonic()
+        since = {} if self._asked_at is None else {"since_seconds": math.ceil(now - self._asked_at) + _SECONDS_AGAIN}
+        try:
+            text = self._cluster.log(pod, **since)
+        except ServiceError:
+            return
+        self._asked_at, before = now, self._last_time
+        for entry in text.splitlines():
+            stamp, _, line = entry.partition(" ")
+            said_at = _time(stamp)
+            if said_at > before:
+                self._last_time = said_at
+                self._said.append(line)
+                yield line
+
+    @property
+    def error(self) -> MoepruneError | None:
+        """The last of moeprune's own errors among the lines, as it was raised there."""
+        for line in reversed(self._said):
+            if ours := _OUR_ERROR.fullmatch(line.strip()):
+                return (InputError if ours[1] == InputError.__name__ else ServiceError)(ours[2])
+        return None
+
+
+def _time(stamp: str) -> tuple[datetime, str]:
+    """When a line was said, to compare: to the nanosecond, which is finer than Python's times."""
+    if not (parts := _TIME.fullmatch(stamp)):
+        return _BEFORE_ALL
+    second = datetime.fromisoformat(parts[1] + parts[3].replace("Z", "+00:00"))
+    return second, (parts[2] or "").ljust(9, "0")
