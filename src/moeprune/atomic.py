@@ -69,25 +69,51 @@ def continue_beside(path: Path, job: str) -> Iterator[Path]:
     Raises:
         InputError: as `build_beside`, or another process is at it.
     """
+    with _kept(path, path.with_name(f".{path.name}.unfinished"), job) as beside:
+        yield beside
+        _put_in_place(beside, path)
+
+
+@contextmanager
+def work_towards(path: Path, job: str, work: Path | None = None) -> Iterator[Path]:
+    """A directory to keep finished work in on the way to `path`: removed when the block ends, kept when it raises or the
+    process is killed, and there again when the same job is begun anew. Whatever is to be at `path` is put there inside
+    the block. Otherwise as `continue_beside`.
+
+    Args:
+        work: keep it in a directory of this one instead of beside `path`; other jobs' work stays there.
+    """
+    if work is not None:
+        refuse_unwritable(work / job)
+        work.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished") if work is None else work / job
+    with _kept(path, unfinished, job) as kept:
+        for half in path.parent.glob(f".{path.name}.writing-*"):  # what a killed process was about to put in place
+            shutil.rmtree(half)
+        yield kept
+        shutil.rmtree(kept)
+
+
+@contextmanager
+def _kept(path: Path, unfinished: Path, job: str) -> Iterator[Path]:
+    """The job's directory inside `unfinished`; it stays where it is not moved or removed inside the block."""
     refuse_to_overwrite(path)
     _make_parent(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
     with _locked(unfinished, path):
         refuse_to_overwrite(path)  # the one that had the lock before may have finished it
-        beside = unfinished / job
+        kept = unfinished / job
         for stale in unfinished.iterdir():
             if stale.name not in {job, _LOCK_NAME}:
                 shutil.rmtree(stale)
-        beside.mkdir(exist_ok=True)
-        _remove_parts(beside)
+        kept.mkdir(exist_ok=True)
+        _remove_parts(kept)
         try:
-            yield beside
-            _put_in_place(beside, path)
+            yield kept
         finally:
-            if beside.is_dir():
-                _remove_parts(beside)
+            if kept.is_dir():
+                _remove_parts(kept)
                 with suppress(OSError):  # what is finished stays
-                    beside.rmdir()
+                    kept.rmdir()
 
 
 def _remove_parts(directory: Path) -> None:

@@ -127,14 +127,23 @@ class Foreseen:
 def foresee(source: Checkpoint, plan: Plan) -> Foreseen:
     """What `cut` would write, from headers alone."""
     condensed = condense(source, plan)
-    tensors = _planned(source.files, source.layout, plan, condensed)
-    tensors = chain(tensors, condensed.planned, constants.planned(source, plan, None))
-    shards = plan_shards(tensors, SHARD_BYTES)
+    shards = plan_shards(_foreseen(source, plan, condensed), SHARD_BYTES)
     texts = _texts(source, plan, condensed) | index_of(shards)
     copied = (path.stat().st_size for path in other_files(source.directory) if path.name not in texts)
     written = (len(text.encode()) for text in texts.values())
     weights = sum(shard.file_bytes for shard in shards)
     return Foreseen(sum(shard.parameters for shard in shards), weights + sum(copied) + sum(written))
+
+
+def foreseen_shapes(source: Checkpoint, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The tensors that `cut` would write, by name, from headers alone."""
+    return {tensor.name: tensor.shape for tensor in _foreseen(source, plan, condense(source, plan))}
+
+
+def _foreseen(source: Checkpoint, plan: Plan, condensed: CondensedLayers) -> Iterator[PlannedTensor]:
+    """What `cut` would write, of whatever values."""
+    tensors = _planned(source.files, source.layout, plan, condensed)
+    return chain(tensors, condensed.planned, constants.planned(source, plan, None))
 
 
 def check_fits(source: Checkpoint, plan: Plan) -> None:
