@@ -1,9 +1,9 @@
 """The errors that a student is asked to make small, as formulas.
 
-All are shares of what was wanted, so that layers of any size weigh alike, and tokens have a say as in `recovery.say`:
-a few whose outputs are huge are not all that is heard.
+Those of a layer are shares of what was wanted, so that layers of any size weigh alike, and tokens have a say as in
+`recovery.say`: a few whose outputs are huge are not all that is heard. Those of the whole model are in nats.
 
-Axes: T tokens, H hidden size, R experts, N choices of experts, ordered by expert.
+Axes: T tokens, H hidden size, R experts, N choices of experts, ordered by expert; B sequences of S tokens.
 """
 
 from __future__ import annotations
@@ -44,6 +44,36 @@ def experts_error(
         for square_N in _squares(out_NH, wanted_NH, say_N)
     )
     return (missed_R / wanted_R.clamp_min(_LEAST)).sum() / (counts > 0).sum().clamp_min(1)
+
+
+def divergence(
+    logits_NV: torch.Tensor, top_NK: torch.Tensor, log_share_NK: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """The Kullback-Leibler divergence of the student's next tokens from the teacher's, in nats, times the square of the
+    temperature, which leaves gradients their size (Hinton et al., arXiv 1503.02531, section 2). A scalar.
+
+    The teacher's most probable tokens are compared one by one and all others as one, so that its whole probability
+    counts: a bound from below that is reached where K is all of V.
+
+    Args:
+        logits_NV: the student's; N tokens, V of the vocabulary.
+        top_NK: int64, the teacher's K most probable tokens.
+        log_share_NK: the logarithms of their probabilities, at this temperature.
+    """
+    scaled_NV = logits_NV.float() / temperature
+    total_N1 = scaled_NV.logsumexp(-1, keepdim=True)
+    share_NK = log_share_NK.float().exp()
+    among_top_N = (share_NK * (log_share_NK.float() - scaled_NV.gather(-1, top_NK) + total_N1)).sum(-1)
+    if top_NK.shape[-1] == logits_NV.shape[-1]:
+        return among_top_N.mean() * temperature**2
+    others_N = scaled_NV.scatter(-1, top_NK, -torch.inf).logsumexp(-1) - total_N1[..., 0]
+    rest_N = (1 - share_NK.sum(-1)).clamp_min(_LEAST)
+    return (among_top_N + rest_N * (rest_N.log() - others_N)).mean() * temperature**2
+
+
+def cross_entropy(logits_BSV: torch.Tensor, ids_BS: torch.Tensor) -> torch.Tensor:
+    """Of each token given those before it, in nats, the mean over all but the first of each sequence. A scalar."""
+    return torch.nn.functional.cross_entropy(logits_BSV[:, :-1].float().flatten(0, 1), ids_BS[:, 1:].flatten())
 
 
 def _squares(out: torch.Tensor, wanted: torch.Tensor, say: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,270 @@
+"""One process's share of a training, from the job to the weights that were learnt."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from moeprune.atomic import write_beside
+from moeprune.checkpoint.loading import Checkpoint
+from moeprune.distillation.end_to_end.inner import watching
+from moeprune.distillation.end_to_end.job import Job, Text
+from moeprune.distillation.end_to_end.keeping import Keeping
+from moeprune.distillation.end_to_end.lora import add_lora
+from moeprune.distillation.end_to_end.modes import learn_as_used
+from moeprune.distillation.end_to_end.teacher import Teacher, Top, run
+from moeprune.distillation.end_to_end.teacher_cache import TeacherCache
+from moeprune.distillation.end_to_end.telling import Event, Listener, Telling
+from moeprune.distillation.end_to_end.trainer import HELD_OUT, DistillationTrainer, Diverged, Rows
+from moeprune.distillation.parts import trainable
+from moeprune.errors import InputError
+from moeprune.plan import Plan
+
+_MEASURED_ROWS = 8
+_LARGEST_NORM = 1.0
+_LOGS = 200  # of a training, so that its curve is one and not a wall
+_OUTCOME_NAME = "outcome.json"
+
+
+class Outcome(BaseModel):
+    """What a training came to.
+
+    Attributes:
+        before, after: the held-out loss of the pruned model and of the best state; equal where nothing got better.
+        curve: step -> training loss.
+        held_out: step -> held-out loss.
+        tokens_per_second: learnt from.
+        reason: why it ended before its last step, in words; empty where it did not.
+    """
+
+    before: float
+    after: float
+    curve: dict[int, float]
+    held_out: dict[int, float]
+    tokens_per_second: float
+    reason: str = ""
+
+    @property
+    def better(self) -> bool:
+        return self.after < self.before
+
+    @classmethod
+    def of(cls, directory: Path) -> Outcome | None:
+        """Of the training in a directory; None while it has not ended."""
+        path = directory / _OUTCOME_NAME
+        return cls.model_validate_json(path.read_text()) if path.is_file() else None
+
+
+def train(job: Job, listener: Listener) -> Outcome:
+    """Do this process's share of a job, going on from the last state that is whole.
+
+    Where there are several processes, they were started by `torchrun`, all with the same job.
+
+    Returns:
+        What it came to; the weights are `Keeping.best`, where they got better.
+
+    Raises:
+        InputError: it diverged before anything got better, or the job asks for what cannot be.
+    """
+    text, plan, asks = job.text(), Plan.load(job.plan), job.asks
+    original = Checkpoint(job.teacher, job.trust_remote_code)
+    args = _arguments(job, text)
+    with _alone(job, args):
+        if outcome := Outcome.of(job.directory):
+            return outcome
+        set_seed(job.training.seed)
+        inner_wanted = bool(asks.experts or asks.block)
+        teacher_runs = inner_wanted or (asks.logits and job.training.teacher_outputs == "computed")
+        teacher = _load_teacher(original, args) if teacher_runs or asks.logits else None
+        cache = None
+        if teacher is not None and not teacher_runs:
+            cache = TeacherCache(job.teacher_directory, len(text.all_BS))
+            _write_cache(cache, teacher, job, text, args, listener)
+            teacher = None
+        student = Checkpoint(job.student, job.trust_remote_code).load(torch.float32, args.device)
+        sparse = choose_what_learns(student, job, plan, original)
+        learn_as_used(student)
+        keeping = Keeping(job.directory / "states")
+        layers = list(plan.layers)
+        with watching(student, layers, experts=bool(asks.experts), blocks=bool(asks.block)) as inner:
+            lessons = Teacher(teacher, asks, plan) if teacher is not None else None
+            if lessons and inner_wanted:
+                lessons.measure(text.train_BS[:_MEASURED_ROWS])
+            trainer = DistillationTrainer(
+                student,
+                asks,
+                inner,
+                lessons,
+                Rows(text.train_BS, cache, 0),
+                Rows(text.held_out_BS, cache, len(text.train_BS)),
+                sparse=sparse,
+                keeping=keeping,
+                args=args,
+                callbacks=[
+                    Telling(listener, job.training.batch_blocks * text.train_BS.shape[1]),
+                    EarlyStoppingCallback(job.training.patience),
+                ],
+            )
+            trainer.remove_callback(PrinterCallback)
+            return _run(trainer, job, keeping, args)
+
+
+def choose_what_learns(student: PreTrainedModel, job: Job, plan: Plan, original: Checkpoint) -> list[str]:
+    """Let the job's parts learn and nothing else, LoRA's additions put beside the weights where it asks for them.
+
+    Returns:
+        The names of the parameters whose zeros stay.
+    """
+    student.requires_grad_(False)
+    parts = set(job.parts)
+    names = [name for name, _ in student.named_parameters()]
+    chosen = trainable(parts - {"lora"}, plan, original.layout, names) if parts - {"lora"} else {}
+    learning = {layer: list(map(student.get_parameter, names)) for layer, names in chosen.items()}
+    if "lora" in parts:
+        add_lora(student, job.training.lora_rank, experts=plan.sparsity is None)
+    for parameter in [parameter for parameters in learning.values() for parameter in parameters]:
+        parameter.requires_grad_(True)
+    if plan.sparsity is None:
+        return []
+    of_experts = {
+        id(student.get_parameter(name))
+        for layer, names in chosen.items()
+        for name in names
+        if layer and name.startswith(f"{layer}.")
+    }
+    return [name for name, parameter in student.named_parameters() if id(parameter) in of_experts]
+
+
+def _arguments(job: Job, text: Text) -> TrainingArguments:
+    training, rows = job.training, len(text.train_BS)
+    passes = job.processes * training.accumulation
+    if training.batch_blocks % passes:
+        raise InputError(
+            f"{training.batch_blocks} blocks per step cannot be shared by {job.processes} processes in "
+            f"{training.accumulation} passes each; give a multiple of {passes}"
+        )
+    if training.batch_blocks > rows:
+        raise InputError(
+            f"a step takes {training.batch_blocks} blocks, and there are {rows} to learn from; give more text or "
+            "smaller steps"
+        )
+    steps = rows // training.batch_blocks * training.epochs
+    between = max(1, math.ceil(steps / training.evaluations))
+    on_gpu = torch.cuda.is_available()
+    sharded: dict[str, Any] = {}
+    if job.processes > 1:
+        sharded = {
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"},
+        }
+    return TrainingArguments(
+        output_dir=str(job.directory / "states"),
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(training.warmup * steps),
+        weight_decay=0.0,
+        max_grad_norm=_LARGEST_NORM,
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=training.batch_blocks // passes,
+        per_device_eval_batch_size=training.batch_blocks // passes,
+        gradient_accumulation_steps=training.accumulation,
+        activation_checkpointing=training.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        bf16=training.precision == "bfloat16" or (training.precision == "auto" and on_gpu),
+        use_cpu=not on_gpu,
+        dataloader_drop_last=True,  # every step is of as many blocks, in however many processes
+        dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False,
+        seed=training.seed,
+        data_seed=training.seed,
+        eval_strategy="steps",
+        eval_steps=between,
+        eval_on_start=Keeping(job.directory / "states").last is None,
+        metric_for_best_model=HELD_OUT,
+        greater_is_better=False,
+        save_strategy="steps",
+        save_steps=between,
+        logging_steps=math.ceil(steps / _LOGS),
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        optim="adamw_torch",
+        **sharded,
+    )
+
+
+@contextmanager
+def _alone(job: Job, args: TrainingArguments) -> Iterator[None]:
+    """Wait until no process of an earlier attempt at this job, of which nobody may know any more, is at it."""
+    if args.process_index:
+        yield
+        return
+    with (job.directory / "training.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _load_teacher(original: Checkpoint, args: TrainingArguments) -> PreTrainedModel:
+    teacher = original.load(device=args.device)
+    return teacher.requires_grad_(False)
+
+
+@torch.no_grad()
+def _write_cache(
+    cache: TeacherCache, teacher: PreTrainedModel, job: Job, text: Text, args: TrainingArguments, listener: Listener
+) -> None:
+    """Have the teacher run all of the text that it has not run yet; each process takes every so manieth file."""
+    asks, ids_BS = job.asks, text.all_BS
+    cache.refuse_without_room(ids_BS.shape[1], asks.teacher_top)
+    missing = cache.missing[args.process_index :: args.world_size]
+    for done, rows in enumerate(missing, start=1):
+        batches = ids_BS[rows.start : rows.stop].split(args.per_device_eval_batch_size)
+        cache.write(rows, [Top.of(run(teacher, batch.to(args.device), logits=True), asks) for batch in batches])
+        if not args.process_index:
+            listener(Event(doing="teacher", done=done, total=len(missing)))
+    if args.world_size > 1:
+        torch.distributed.barrier()
+
+
+def _run(trainer: DistillationTrainer, job: Job, keeping: Keeping, args: TrainingArguments) -> Outcome:
+    last = keeping.last
+    if args.should_save:
+        keeping.remove_but(last)
+    reason = ""
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if trainer.state.global_step < trainer.state.max_steps:
+            reason = (
+                f"the held-out loss got no better in {job.training.patience} evaluations, the last after step "
+                f"{trainer.state.global_step} of {trainer.state.max_steps}"
+            )
+    except Diverged:
+        step, rate = trainer.state.global_step + 1, trainer._get_learning_rate()
+        reason = f"training diverged at step {step}, where the learning rate was {rate:.2g}"
+    history = trainer.state.log_history
+    held_out = {entry["step"]: entry[HELD_OUT] for entry in history if HELD_OUT in entry}
+    before, after = held_out.get(0, math.nan), trainer.state.best_metric
+    if reason.startswith("training diverged") and not (after is not None and after < before):
+        raise InputError(f"{reason}, before anything had got better; lower it")
+    speeds = [entry["throughput_tokens_per_second"] for entry in history if "throughput_tokens_per_second" in entry]
+    outcome = Outcome(
+        before=before,
+        after=after,
+        curve={entry["step"]: entry["loss"] for entry in history if "loss" in entry},
+        held_out=held_out,
+        tokens_per_second=speeds[-1] if speeds else 0.0,
+        reason=reason,
+    )
+    if args.should_save:
+        with write_beside(job.directory / _OUTCOME_NAME) as beside:
+            beside.write_text(outcome.model_dump_json(indent=1))
+    return outcome
