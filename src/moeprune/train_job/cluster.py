@@ -65,7 +65,7 @@ class Cluster:
         try:
             from kubeflow.common.types import KubernetesBackendConfig
             from kubeflow.trainer.backends.kubernetes.backend import KubernetesBackend
-            from kubernetes.config import ConfigException
+            from kubernetes.config import ConfigException, list_kube_config_contexts
         except ImportError as error:
             raise InputError(
                 "training on several nodes needs the Kubeflow SDK: pip install 'moeprune[cluster]'"
@@ -73,11 +73,10 @@ class Cluster:
         # Which version of Kubeflow Trainer is there, it wants to know, and warns where it may not.
         logging.getLogger(KubernetesBackend.__module__).setLevel(logging.ERROR)
         try:
-            return KubernetesBackend(
-                KubernetesBackendConfig(
-                    namespace=self._wanted_namespace or None, config_file=os.environ.get("KUBECONFIG")
-                )
-            )
+            file, namespace = os.environ.get("KUBECONFIG"), self._wanted_namespace
+            if file and not namespace:  # the SDK would look for it in the default file
+                namespace = list_kube_config_contexts(file)[1]["context"].get("namespace", "default")
+            return KubernetesBackend(KubernetesBackendConfig(namespace=namespace or None, config_file=file))
         except (ConfigException, OSError) as error:
             raise InputError(
                 f"there is no Kubernetes cluster to train on: {in_one_line(error)}; run this in a pod of the cluster, "
@@ -255,9 +254,8 @@ def _worth_asking_again(status: int) -> bool:
 
 def _message(error: Any) -> str:
     """What the API says for people, else what there is."""
-    body = getattr(error, "body", None)
     try:
-        return str(json.loads(body)["message"])
-    except (TypeError, ValueError, KeyError):
+        return str(json.loads(error.body)["message"])
+    except (AttributeError, TypeError, ValueError, KeyError):
         status = getattr(error, "status", None)
         return f"{status} {error.reason}" if status else in_one_line(error)

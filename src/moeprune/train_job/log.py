@@ -6,7 +6,6 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from moeprune.errors import InputError, MoepruneError, ServiceError
@@ -28,7 +27,7 @@ class NodeLog:
         self._asked_at: float | None = None
         self._said: deque[str] = deque(maxlen=200)
 
-    def new_lines(self, pod: str) -> Iterator[str]:
+    def new_lines(self, pod: str) -> list[str]:
         """What `pod` has said since the last look. A log that cannot be read now may be readable at the next."""
         if pod != self._pod:
             self._pod, self._last_time, self._asked_at = pod, _BEFORE_ALL, None
@@ -37,15 +36,15 @@ class NodeLog:
         try:
             text = self._cluster.log(pod, **since)
         except ServiceError:
-            return
-        self._asked_at, before = now, self._last_time
-        for entry in text.splitlines():
-            stamp, _, line = entry.partition(" ")
-            said_at = _time(stamp)
-            if said_at > before:
-                self._last_time = said_at
-                self._said.append(line)
-                yield line
+            return []
+        self._asked_at = now
+        stamped = [(_time(stamp), line) for stamp, _, line in (entry.partition(" ") for entry in text.splitlines())]
+        new = [(said_at, line) for said_at, line in stamped if said_at > self._last_time]
+        if new:
+            self._last_time = new[-1][0]
+        lines = [line for _, line in new]
+        self._said.extend(lines)
+        return lines
 
     @property
     def error(self) -> MoepruneError | None:

@@ -128,12 +128,11 @@ def _follow(
         state = state_of(job, pods)
         if state.obstacle != before.obstacle:
             since = time.monotonic()
-        if state.text != before.text:
-            say(f"{name}: {state.text}")
+        lines = log.new_lines(pods[0].metadata.name) if pods else []
+        news = [f"{name}: {state.text}"] if state.text != before.text else []
+        for line in [*lines, *news] if state.over else [*news, *lines]:
+            say(line)
         before = state
-        if pods:
-            for line in log.new_lines(pods[0].metadata.name):
-                say(line)
         if state.complete:
             return
         if state.failed:
