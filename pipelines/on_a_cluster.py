@@ -9,10 +9,25 @@ from typing import Any
 
 from kfp import kubernetes
 
-from moeprune.environment import SECRET, VARIABLES
+# A Kubernetes secret of this name, in the namespace of the run. Where it is not there, or lacks an entry, a variable is
+# not set; MLflow is then not used, unless Kubeflow itself sets it up.
+SECRET = "moeprune"
+VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_ENDPOINT_URL",
+    "AWS_DEFAULT_REGION",
+    "MLFLOW_S3_ENDPOINT_URL",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_EXPERIMENT_NAME",
+    "HF_TOKEN",
+)
 
 
 def use_services(task: Any) -> None:
-    """Give a task what it may need of the secret, and `KFP_RUN_ID`, by which steps of one run find each other."""
+    """Give a task the variables above, and `KFP_RUN_ID`, by which steps of one run find each other in MLflow."""
     kubernetes.use_secret_as_env(task, SECRET, {name: name for name in VARIABLES}, optional=True)
     kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")

@@ -31,10 +31,10 @@ from moeprune.components.global_prune import global_prune
 from moeprune.components.merge_stats import merge_stats
 from moeprune.components.prepare import prepare
 from moeprune.components.promote import promote
-from moeprune.environment import SECRET, VARIABLES
 from moeprune.errors import InputError
 from moeprune.evaluation.report import Quality
 from moeprune.pipelines import freshness, processes
+from moeprune.pipelines.on_a_cluster import SECRET, VARIABLES
 from moeprune.pipelines.prune import prune
 from moeprune.promotion import Verdict
 from moeprune.services.signals import announced

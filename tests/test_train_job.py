@@ -20,16 +20,16 @@ from kubeflow_trainer_api import models
 from kubernetes import client
 from kubernetes_api import NAMESPACE, KubernetesApi, strictly
 
-from moeprune.environment import VARIABLES
 from moeprune.errors import InputError, MoepruneError, ServiceError
-from moeprune.train_job import DEFAULT_RUNTIME, Cluster, Nodes, run_train_job
+from moeprune.train_job import DEFAULT_RUNTIME, Cluster, Nodes, job_name, run_train_job
 from moeprune.train_job.cluster import NoAnswerError
-from moeprune.train_job.manifest import job_name, train_job
+from moeprune.train_job.manifest import train_job
 from moeprune.train_job.pod import POD_VARIABLE
 
 RUNTIME = Path(__file__).parents[1] / "manifests" / "base" / "train-runtime.yaml"
 COMMAND = ["torchrun", "-m", "moeprune.distillation.end_to_end"]
-TWO = Nodes(2, "registry/moeprune:7", gpus=4, cpus="8", memory="64Gi", volume="work", queue="gpus")
+TWO = Nodes(2, "work", "registry/moeprune:7", gpus=4, cpus="8", memory="64Gi", queue="gpus")
+NAME = job_name("run-1")
 
 nodes = st.builds(
     Nodes,
@@ -39,7 +39,7 @@ nodes = st.builds(
     cpus=st.sampled_from(["", "4", "1500m"]),
     memory=st.sampled_from(["", "64Gi"]),
     gpu_resource=st.sampled_from(["nvidia.com/gpu", "amd.com/gpu"]),
-    volume=st.sampled_from(["", "work"]),
+    volume=st.just("work"),
     node_selector=st.dictionaries(st.sampled_from(["pool", "zone"]), st.just("a")),
     tolerations=st.lists(st.just({"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}), max_size=2),
     queue=st.sampled_from(["", "gpus"]),
@@ -48,7 +48,7 @@ nodes = st.builds(
 
 
 def manifest(of: Nodes = TWO, **options: Any) -> dict[str, Any]:
-    return train_job("a-name", of, COMMAND, ["--out", "s3://b/k"], **{"runtime_kind": "TrainingRuntime"} | options)
+    return train_job("a-name", of, COMMAND, **{"runtime_kind": "TrainingRuntime"} | options)
 
 
 class TestTheManifest:
@@ -94,7 +94,7 @@ class TestTheManifest:
         }
         assert spec["activeDeadlineSeconds"] == 72 * 3600
         trainer = spec["trainer"]
-        assert (trainer["command"], trainer["args"]) == (COMMAND, ["--out", "s3://b/k"])
+        assert trainer["command"] == COMMAND
         assert (trainer["image"], trainer["numNodes"], trainer["numProcPerNode"]) == ("registry/moeprune:7", 2, 4)
         assert trainer["resourcesPerNode"] == {
             "requests": {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "4"},
@@ -104,7 +104,12 @@ class TestTheManifest:
         (replicated,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
         assert replicated["name"] == "node"
         pod = replicated["template"]["spec"]["template"]
-        assert pod["metadata"]["labels"]["sidecar.istio.io/inject"] == "false"
+        assert pod["metadata"]["labels"] == {
+            "app.kubernetes.io/part-of": "moeprune",
+            "app.kubernetes.io/component": "distill",
+            "pipeline/runid": "r-1",
+            "sidecar.istio.io/inject": "false",
+        }
         assert pod["spec"] == {
             "nodeSelector": {"pool": "h100"},
             "tolerations": [{"key": "gpu", "operator": "Exists"}],
@@ -113,42 +118,23 @@ class TestTheManifest:
         }
 
     def test_one_process_where_there_is_no_gpu(self) -> None:
-        trainer = manifest(Nodes(3, "i"))["spec"]["trainer"]
+        trainer = manifest(Nodes(3, "work", "i"))["spec"]["trainer"]
         assert (trainer["numNodes"], trainer["numProcPerNode"]) == (3, 1)
         assert trainer["resourcesPerNode"] == {"requests": {}, "limits": {}}
 
-    def test_keys_come_from_the_secret_and_are_in_no_manifest(self) -> None:
-        values = {name: f"precious {name}" for name in VARIABLES}
-        job = manifest(replace(TWO, secret="theirs"), environment=values | {"KFP_RUN_ID": "r-1"})
+    def test_the_nodes_are_given_no_keys(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "precious")
+        job = manifest()
         assert "precious" not in json.dumps(job)
-        env = {variable.pop("name"): variable for variable in job["spec"]["trainer"]["env"]}
-        assert env.pop("KFP_RUN_ID") == {"value": "r-1"}
-        assert env == {
-            name: {"valueFrom": {"secretKeyRef": {"name": "theirs", "key": name, "optional": True}}}
-            for name in VARIABLES
-        }
+        assert [variable["name"] for variable in job["spec"]["trainer"]["env"]] == ["HF_HUB_OFFLINE"]
 
-    @pytest.mark.parametrize(
-        ("server", "literal"), [("http://mlflow:5000", True), ("http://me:word@mlflow:5000", False), ("", False)]
-    )
-    def test_a_run_that_kubeflow_made_is_found(self, server: str, literal: bool) -> None:
-        given = {"MLFLOW_RUN_ID": "abc", "MLFLOW_EXPERIMENT_ID": "7", "MLFLOW_TRACKING_URI": server}
-        env = {it["name"]: it.get("value") for it in manifest(environment=given)["spec"]["trainer"]["env"]}
-        assert (env["MLFLOW_RUN_ID"], env["MLFLOW_EXPERIMENT_ID"]) == ("abc", "7")
-        assert env["MLFLOW_TRACKING_URI"] == (server if literal else None)
-
-    @given(nodes, st.lists(st.text(max_size=5), max_size=3), st.text(max_size=40))
-    def test_names(self, of: Nodes, arguments: list[str], run: str) -> None:
-        name = job_name(run, of, arguments)
+    @given(st.lists(st.text() | st.integers() | st.dictionaries(st.text(), st.text()), max_size=4), st.integers())
+    def test_names(self, what: list[Any], more: int) -> None:
+        name = job_name(*what)
         assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
-        assert len(f"{name}-node-0-{of.count - 1}-abcde") <= 63  # a pod's
-        assert name == job_name(run, replace(of), list(arguments))
-        others = [
-            job_name(run + "x", of, arguments),
-            job_name(run, of, [*arguments, "x"]),
-            job_name(run, replace(of, count=of.count + 1), arguments),
-        ]
-        assert len({name, *others}) == 4
+        assert len(f"{name}-node-0-9999-abcde") <= 63  # a pod's
+        assert name == job_name(*json.loads(json.dumps(what)))
+        assert name != job_name(*what, more)
 
 
 class TestTheRuntime:
@@ -176,13 +162,16 @@ class TestTheRuntime:
         ({"cpus": "many"}, "CPUs"),
         ({"runtime": ""}, "training runtime"),
         ({"volume": "My Volume"}, "name of a volume"),
-        ({"volume": "work", "volume_path": "work"}, "/mnt/moeprune"),
+        ({"volume": ""}, "name of a volume"),
+        ({"volume_path": "work"}, "/mnt/moeprune"),
+        ({"queue": "-"}, "name of a queue"),
         ({"longest_hours": 0}, "more than 0 hours"),
     ],
 )
 def test_nodes_that_cannot_be_meant(wrong: dict[str, Any], said: str) -> None:
+    options: dict[str, Any] = {"count": 2, "volume": "work"} | wrong
     with pytest.raises(InputError, match=said):
-        Nodes(**{"count": 2} | wrong)
+        Nodes(**options)
 
 
 @pytest.fixture
@@ -241,11 +230,8 @@ def run(
         say(line)
 
     cluster = Cluster(patience_seconds=patience, first_pause_seconds=0.01)
-    run_train_job(of, COMMAND, ["--x"], cluster=cluster, say=hear, **{"seconds_between_looks": 0.01} | options)
+    run_train_job(NAME, of, COMMAND, cluster=cluster, say=hear, **{"seconds_between_looks": 0.01} | options)
     return said
-
-
-NAME = job_name("run-1", TWO, ["--x"])
 
 
 class TestFollowing:
@@ -334,7 +320,7 @@ class TestFollowing:
 
     @staticmethod
     def job() -> dict[str, Any]:
-        return train_job(NAME, TWO, COMMAND, ["--x"], runtime_kind="ClusterTrainingRuntime")
+        return train_job(NAME, TWO, COMMAND, runtime_kind="ClusterTrainingRuntime")
 
     @staticmethod
     def check(holds: bool) -> None:
@@ -487,7 +473,7 @@ class TestFailures:
         api.runtimes["trainingruntimes"] = {}
         cluster = Cluster("nowhere", patience_seconds=1, first_pause_seconds=0.01)
         with pytest.raises(ServiceError, match="namespace nowhere"):
-            run_train_job(TWO, COMMAND, [], cluster=cluster, say=lambda line: None)
+            run_train_job(NAME, TWO, COMMAND, cluster=cluster, say=lambda line: None)
 
     def test_a_runtime_for_something_else(self, api: KubernetesApi) -> None:
         api.add_runtime("trainingruntimes", DEFAULT_RUNTIME, "jax")  # the namespace's own comes before the cluster's

@@ -1,68 +1,62 @@
 """The TrainJob itself: what is asked of Kubeflow Trainer, as Kubernetes takes it (trainer.kubeflow.org/v1alpha1).
 
-It is written out here, and not by the SDK's `TrainerClient.train`, because that takes neither variables from a secret
-nor an owner, nor the number of processes on a node.
+It is written out here, and not by the SDK's `TrainerClient.train`, because that takes neither an owner nor how many
+processes a node has.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
-from urllib.parse import urlsplit
 
-from moeprune.environment import VARIABLES
 from moeprune.train_job.nodes import Nodes
 
 API_VERSION = "trainer.kubeflow.org/v1alpha1"
 RUN_LABEL = "pipeline/runid"  # as Kubeflow Pipelines labels its own pods
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 CONTAINER = "node"  # what Kubeflow Trainer calls both the replicated job that trains and its container
 _MANAGER = "moeprune"  # of our patch to the runtime; others, such as Kueue, have their own
 _VOLUME = "moeprune"
-# Identifiers that a task has from whoever started it, by which the job's steps find their run in MLflow.
-_PASSED_ON = ("KFP_RUN_ID", "MOEPRUNE_PARENT_RUN_ID", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
 
 
-def job_name(run: str, nodes: Nodes, arguments: Sequence[str]) -> str:
+def job_name(*what: Any) -> str:
     """The same for a task that is tried again, and another for everything else.
 
     Short enough for the names that are made of it: of jobs, pods and a subdomain, 63 characters each at most.
+
+    Args:
+        what: all that makes a job another, as JSON takes it.
     """
-    what = json.dumps([run, asdict(nodes), list(arguments)], sort_keys=True)
-    return f"moeprune-distill-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+    return f"moeprune-distill-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 def train_job(
     name: str,
     nodes: Nodes,
     command: Sequence[str],
-    arguments: Sequence[str],
     *,
     runtime_kind: str,
     run: str = "",
     owner: Mapping[str, Any] | None = None,
-    environment: Mapping[str, str] = os.environ,
 ) -> dict[str, Any]:
     """The manifest.
 
     Args:
         name: from `job_name`.
         nodes: with an image.
-        command, arguments: of each node.
+        command: of each node.
         runtime_kind: TrainingRuntime or ClusterTrainingRuntime.
         run: of Kubeflow Pipelines, that asks for it; empty outside.
         owner: an owner reference; the cluster removes the job with its owner.
-        environment: of this process, some of which is passed on.
     """
     labels = {"app.kubernetes.io/part-of": "moeprune", "app.kubernetes.io/component": "distill"}
     if run:
         labels[RUN_LABEL] = run
-    metadata: dict[str, Any] = {"name": name, "labels": labels}
-    if nodes.queue:
-        labels["kueue.x-k8s.io/queue-name"] = nodes.queue
+    # The queue is the job's alone: a pod with its label would wait in it once more.
+    queue = {QUEUE_LABEL: nodes.queue} if nodes.queue else {}
+    metadata: dict[str, Any] = {"name": name, "labels": labels | queue}
     if owner:
         metadata["ownerReferences"] = [dict(owner)]
     return {
@@ -75,8 +69,8 @@ def train_job(
             "trainer": {
                 "image": nodes.image,
                 "command": list(command),
-                "args": list(arguments),
-                "env": _variables(nodes.secret, environment),
+                # All that is read lies on the volume. The nodes are given no keys, since they need none.
+                "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}],
                 "numNodes": nodes.count,
                 "numProcPerNode": nodes.processes_per_node,
                 "resourcesPerNode": _resources(nodes),
@@ -84,21 +78,6 @@ def train_job(
             "runtimePatches": [{"manager": _MANAGER, "trainingRuntimeSpec": _patch(labels, nodes)}],
         },
     }
-
-
-def _variables(secret: str, environment: Mapping[str, str]) -> list[dict[str, Any]]:
-    passed_on = {name: environment[name] for name in _PASSED_ON if environment.get(name)}
-    if "MLFLOW_RUN_ID" in passed_on:
-        # A run is of one server. Where Kubeflow made it, the secret need not know which.
-        server = environment.get("MLFLOW_TRACKING_URI", "")
-        if server and not urlsplit(server).username:
-            passed_on["MLFLOW_TRACKING_URI"] = server
-    literal = [{"name": name, "value": value} for name, value in passed_on.items()]
-    return literal + [
-        {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name, "optional": True}}}
-        for name in VARIABLES
-        if name not in passed_on
-    ]
 
 
 def _resources(nodes: Nodes) -> dict[str, dict[str, str]]:
@@ -113,16 +92,16 @@ def _resources(nodes: Nodes) -> dict[str, dict[str, str]]:
 
 def _patch(labels: Mapping[str, str], nodes: Nodes) -> dict[str, Any]:
     """What is added to the pods that the runtime describes."""
-    pod: dict[str, Any] = {}
+    pod: dict[str, Any] = {
+        "volumes": [{"name": _VOLUME, "persistentVolumeClaim": {"claimName": nodes.volume}}],
+        "containers": [{"name": CONTAINER, "volumeMounts": [{"name": _VOLUME, "mountPath": nodes.volume_path}]}],
+    }
     if nodes.node_selector:
         pod["nodeSelector"] = nodes.node_selector
     if nodes.tolerations:
         pod["tolerations"] = nodes.tolerations
-    if nodes.volume:
-        pod["volumes"] = [{"name": _VOLUME, "persistentVolumeClaim": {"claimName": nodes.volume}}]
-        pod["containers"] = [{"name": CONTAINER, "volumeMounts": [{"name": _VOLUME, "mountPath": nodes.volume_path}]}]
     # Istio's sidecar, which Kubeflow's namespaces inject, comes between the nodes, and outlives the training.
     metadata = {"labels": {**labels, "sidecar.istio.io/inject": "false"}}
-    template = {"metadata": metadata, "spec": pod} if pod else {"metadata": metadata}
+    template = {"metadata": metadata, "spec": pod}
     job = {"name": CONTAINER, "template": {"spec": {"template": template}}}
     return {"template": {"spec": {"replicatedJobs": [job]}}}

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeprune.environment import SECRET
 from moeprune.errors import InputError
 
 DEFAULT_RUNTIME = "moeprune-distill"
@@ -20,14 +19,14 @@ class Nodes:
 
     Attributes:
         count: nodes, each one pod.
+        volume: a PersistentVolumeClaim that many pods can write to (ReadWriteMany): the models lie there for all
+            nodes to read, and unfinished work, which outlives them.
         image: container image, one with moeprune in it; empty: that of the pod that asks.
         gpus: of each node, one process for each; 0: one process per node, on its CPUs.
         cpus, memory: of each node, as Kubernetes writes quantities (8, 1500m, 64Gi); empty: what the runtime says.
         gpu_resource: what the cluster calls a GPU.
         runtime: a TrainingRuntime of the namespace, or a ClusterTrainingRuntime, with the torch policy.
-        secret: of the namespace, with the variables of `moeprune.environment`; it need not be there.
-        volume: a PersistentVolumeClaim that all nodes mount, where unfinished work outlives them; empty: none.
-        volume_path: where they mount it.
+        volume_path: where they, and whoever follows them, mount the volume.
         node_selector: labels of the nodes of a pool.
         tolerations: of its taints, as in the spec of a pod.
         queue: a LocalQueue of Kueue that the job waits in; empty: none.
@@ -38,14 +37,13 @@ class Nodes:
     """
 
     count: int
+    volume: str
     image: str = ""
     gpus: int = 0
     cpus: str = ""
     memory: str = ""
     gpu_resource: str = "nvidia.com/gpu"
     runtime: str = DEFAULT_RUNTIME
-    secret: str = SECRET
-    volume: str = ""
     volume_path: str = "/mnt/moeprune"
     node_selector: dict[str, str] = field(default_factory=dict)
     tolerations: list[dict[str, Any]] = field(default_factory=list)
@@ -62,13 +60,14 @@ class Nodes:
                 raise InputError(f"{quantity!r} is no amount of {what} that Kubernetes knows; write 8, 1500m or 64Gi")
         for what, name in (
             ("training runtime", self.runtime),
-            ("secret", self.secret),
             ("volume", self.volume),
-            ("queue", self.queue),
+            *([("queue", self.queue)] if self.queue else []),
         ):
-            if (name or what == "training runtime") and not _NAME.fullmatch(name):
-                raise InputError(f"{name!r} cannot be the name of a {what}: lower-case letters, digits, - and .")
-        if self.volume and (not self.volume_path.startswith("/") or self.volume_path == "/"):
+            if not _NAME.fullmatch(name):
+                raise InputError(
+                    f"{name!r} cannot be the name of a {what}; that has lower-case letters, digits, - and . in it"
+                )
+        if not self.volume_path.startswith("/") or self.volume_path == "/":
             raise InputError(f"a volume is mounted at a path such as /mnt/moeprune, not {self.volume_path!r}")
         if not self.longest_hours > 0:
             raise InputError(f"a TrainJob may take more than 0 hours, not {self.longest_hours:g}")

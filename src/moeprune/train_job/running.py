@@ -16,7 +16,7 @@ from moeprune.progress import note
 from moeprune.services.signals import deferred, raised
 from moeprune.train_job.cluster import Cluster, ExistsError, NoAnswerError, NotThereError
 from moeprune.train_job.log import NodeLog
-from moeprune.train_job.manifest import job_name, train_job
+from moeprune.train_job.manifest import train_job
 from moeprune.train_job.nodes import Nodes
 from moeprune.train_job.pod import OwnPod
 from moeprune.train_job.state import State, state_of
@@ -29,27 +29,29 @@ _RUN_VARIABLE = "KFP_RUN_ID"
 
 
 def run_train_job(
+    name: str,
     nodes: Nodes,
     command: Sequence[str],
-    arguments: Sequence[str],
     *,
     cluster: Cluster,
+    on_look: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
     seconds_between_looks: float = _SECONDS_BETWEEN_LOOKS,
     seconds_for_obstacles: float = _SECONDS_FOR_OBSTACLES,
-) -> str:
-    """Run a command on several nodes, to its end; returns the name that the TrainJob had.
+) -> None:
+    """Run a command on several nodes, to its end.
 
-    A job of the same run with the same arguments that is there already is followed instead, so that a task that is
-    tried again goes on where it was; one that failed is removed first. The job is removed when it is over, and when
-    this process is told to stop (SIGTERM, SIGINT), unless it is because the cluster takes its pod away: then the next
-    try is to find the job. What a process that is killed leaves behind goes with its owner, the workflow of the run,
-    and ends after `nodes.longest_hours` in any case.
+    A job of that name that is there already is followed instead, so that a task that is tried again goes on where it
+    was; one that failed is removed first. The job is removed when it is over, and when this process is told to stop
+    (SIGTERM, SIGINT), unless it is because the cluster takes its pod away: then the next try is to find the job. What a
+    process that is killed leaves behind goes with its owner, the workflow of the run, and ends after
+    `nodes.longest_hours` in any case.
 
     Args:
+        name: of the TrainJob, from `job_name`.
         nodes: an empty image is that of this process's pod.
         command: of each node, in which torchrun finds the others by the variables that the runtime sets.
-        arguments: of the command.
+        on_look: called each time that the job was looked at.
         say: gets the job's state when it changes, and the lines of the first node as they come.
 
     Raises:
@@ -62,22 +64,14 @@ def run_train_job(
             raise InputError("which image is the job to run? name one that has moeprune in it")
         nodes = replace(nodes, image=own_pod.image)
     run = os.environ.get(_RUN_VARIABLE, "")
-    name = job_name(run, nodes, arguments)
-    job = train_job(
-        name,
-        nodes,
-        command,
-        arguments,
-        runtime_kind=cluster.runtime_kind(nodes.runtime),
-        run=run,
-        owner=own_pod.owner,
-    )
+    kind = cluster.runtime_kind(nodes.runtime)
+    job = train_job(name, nodes, command, runtime_kind=kind, run=run, owner=own_pod.owner)
     started = False
     with raised():
         try:
             _start(cluster, name, job, say)
             started = True
-            _follow(cluster, name, say, seconds_between_looks, seconds_for_obstacles)
+            _follow(cluster, name, say, on_look, seconds_between_looks, seconds_for_obstacles)
         except NoAnswerError as error:
             raise NoAnswerError(
                 f"{error}; the TrainJob {name} goes on, and is found again when this is tried again"
@@ -91,7 +85,6 @@ def run_train_job(
                 _remove(cluster, name)
             raise
         cluster.delete(name)
-    return name
 
 
 def _start(cluster: Cluster, name: str, job: dict, say: Callable[[str], None]) -> None:
@@ -115,7 +108,12 @@ def _start(cluster: Cluster, name: str, job: dict, say: Callable[[str], None]) -
 
 
 def _follow(
-    cluster: Cluster, name: str, say: Callable[[str], None], between_looks: float, for_obstacles: float
+    cluster: Cluster,
+    name: str,
+    say: Callable[[str], None],
+    on_look: Callable[[], None],
+    between_looks: float,
+    for_obstacles: float,
 ) -> None:
     log = NodeLog(cluster)
     before, since = State(""), time.monotonic()
@@ -132,6 +130,7 @@ def _follow(
         news = [f"{name}: {state.text}"] if state.text != before.text else []
         for line in [*lines, *news] if state.over else [*news, *lines]:
             say(line)
+        on_look()
         before = state
         if state.complete:
             return

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moeprune.train_job.manifest import QUEUE_LABEL
+
 COMPLETE, FAILED, SUSPENDED = "Complete", "Failed", "Suspended"
 # Nothing that waiting mends, unless somebody mends the cluster.
 _HOPELESS = frozenset(
@@ -49,7 +51,7 @@ def state_of(job: Mapping[str, Any], pods: Sequence[Any]) -> State:
         reason = "; ".join([_sentence(failed), *filter(None, map(_ending, pods))])
         return State(f"failed: {reason}", failed=True, reason=reason)
     if SUSPENDED in conditions:
-        queue = job["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
+        queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
         return State(f"waits in the queue {queue}" if queue else "is suspended")
     wanted = job["spec"]["trainer"]["numNodes"]
     running = sum(pod.status.phase in ("Running", "Succeeded") for pod in pods)
