@@ -1,0 +1,70 @@
+"""What a layer has learnt, as a file: its parameters, and in the header how it went."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from moeprune.atomic import PART
+from moeprune.errors import InputError
+
+_ENTRY = "moeprune_distilled_layer"
+
+
+@dataclass(frozen=True)
+class LayerLearnt:
+    """How a layer's training went (`learn.Outcome`).
+
+    Attributes:
+        layer: name of the teacher's experts module.
+        parameters: names of the student's parameters that are in the file; none where it got no better.
+    """
+
+    layer: str
+    before: float
+    after: float
+    curve: list[float]
+    reason: str
+    parameters: list[str]
+
+
+def save(directory: Path, learnt: LayerLearnt, tensors: dict[str, torch.Tensor]) -> None:
+    """Put a layer's file into a directory; it is not there before it is whole."""
+    path = _path(directory, learnt.layer)
+    beside = path.with_name(path.name + PART)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {_ENTRY: json.dumps(asdict(learnt))}
+    )
+    beside.replace(path)
+
+
+def load(directory: Path, layer: str) -> LayerLearnt | None:
+    """How the layer's training went; None where its file is not there.
+
+    Raises:
+        InputError: the file is none of ours.
+    """
+    path = _path(directory, layer)
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            return LayerLearnt(**json.loads((file.metadata() or {})[_ENTRY]))
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} does not hold what a layer has learnt ({error}); remove it") from error
+
+
+def tensors(directory: Path, layer: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """A layer's parameters."""
+    with safe_open(_path(directory, layer), "pt") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _path(directory: Path, layer: str) -> Path:
+    return directory / f"{layer}.safetensors"
