@@ -132,17 +132,28 @@ class TestRouters:
         if biases_K is not None:
             assert not biases_K[[0, 2]].any()
 
-    def test_one_that_stands_for_two_is_wanted_as_both_were(self) -> None:
+    def test_copies_gain_nothing_from_being_two(self) -> None:
+        """Else every expert that stands for two would be chosen before all others."""
         rng = torch.Generator().manual_seed(4)
-        x_TH, row_H = torch.randn(300, 6, generator=rng), torch.randn(6, generator=rng)
-        other_H = torch.randn(6, generator=rng)
-        logits_TE = torch.stack([x_TH @ row_H, x_TH @ row_H, x_TH @ other_H], dim=1)
+        x_TH, row_EH = torch.randn(300, 6, generator=rng), torch.randn(2, 6, generator=rng)
+        logits_TE = x_TH @ row_EH[[0, 0, 1]].T
         everything = [torch.ones(300, dtype=torch.bool)]
         rows_KH, biases_K = routers.change(routers.Watched([x_TH], [logits_TE]), everything, [[0, 1], [2]], bias=True)
         assert biases_K is not None
-        logits_TK = logits_TE[:, [0, 2]] + x_TH @ rows_KH.T + biases_K
-        together_T = logits_TE.softmax(1)[:, :2].sum(1)
-        torch.testing.assert_close(logits_TK.softmax(1)[:, 0], together_T, atol=5e-3, rtol=0)
+        torch.testing.assert_close(rows_KH, torch.zeros_like(rows_KH))
+        torch.testing.assert_close(biases_K, torch.zeros_like(biases_K))
+
+    def test_one_that_stands_for_two_is_chosen_for_both(self) -> None:
+        """Of two tasks, each with an expert of its own, and a third that all the rest go to."""
+        rng = torch.Generator().manual_seed(5)
+        task_T = torch.randint(3, (300,), generator=rng)
+        x_TH = torch.nn.functional.one_hot(task_T, 3).float() + 0.1 * torch.randn(300, 3, generator=rng)
+        logits_TE = 2 * x_TH
+        everything = [torch.ones(300, dtype=torch.bool)]
+        rows_KH, _ = routers.change(routers.Watched([x_TH], [logits_TE]), everything, [[0, 1], [2]], bias=False)
+        chosen_T = (logits_TE[:, [0, 2]] + x_TH @ rows_KH.T).argmax(1)
+        assert torch.equal(chosen_T, (task_T == 2).long())
+        assert not torch.equal(logits_TE[:, [0, 2]].argmax(1), chosen_T)
 
     def test_padding_has_no_say(self) -> None:
         x_TH, row_EH = torch.randn(50, 4), torch.randn(3, 4)

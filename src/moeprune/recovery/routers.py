@@ -1,7 +1,9 @@
-"""Routers of fewer experts: each row learns how much its expert and those it stands in for were wanted.
+"""Routers of fewer experts: each row learns how much the most wanted of its expert and those it stands in for was.
 
-Softmax or sigmoid, a router prefers by logits; that of several experts together is the logarithm of the sum of their
-exponentials. What that adds to the expert's own logit is fitted to the router's inputs by least squares.
+A router chooses by rank: an expert shall be chosen where one of those it stands for would have been, so its logit is
+the largest of theirs. Not the logarithm of the sum of their exponentials, which would be their softmax together: where
+a router's logits differ little, that adds log 2 to every expert that stands for two, and no other is ever chosen. What
+the largest adds to the expert's own logit is fitted to the router's inputs by least squares.
 
 Axes: T tokens, E experts, K experts that stay, H hidden size.
 """
@@ -61,8 +63,8 @@ def change(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What to add to the rows, and to the biases where the router has them, of experts that stand for several.
 
-    What is fitted is how much more an expert and those it stands for were wanted than the expert alone: one that stands
-    for itself keeps its row, whatever the router makes of its logits.
+    What is fitted is how much more than the expert itself the most wanted was: one that stands for itself keeps its
+    row, whatever the router makes of its logits.
 
     Args:
         counts: bool `[T]` for each batch; False is padding.
@@ -78,8 +80,8 @@ def change(
         x_TH, logits_TE = x_TH[counts_T].float(), logits_TE[counts_T].float()
         if bias:
             x_TH = torch.cat([x_TH, torch.ones_like(x_TH[:, :1])], dim=1)
-        together_TK = torch.stack([logits_TE[:, list(members)].logsumexp(1) for members in groups], dim=1)
+        most_TK = torch.stack([logits_TE[:, list(members)].amax(1) for members in groups], dim=1)
         moment += (x_TH.T @ x_TH).double().cpu()
-        target += (x_TH.T @ (together_TK - logits_TE[:, first])).double().cpu()
+        target += (x_TH.T @ (most_TK - logits_TE[:, first])).double().cpu()
     change_KH = solve(moment, target, _RIDGE).T.float()
     return (change_KH[:, :-1], change_KH[:, -1]) if bias else (change_KH, None)
