@@ -10,31 +10,45 @@ def distill(
     plan: dsl.Input[dsl.Artifact],
     data: str,
     distilled: dsl.Output[dsl.Model],
+    objective: str = "block=1",
+    train: str = "",
     text_field: str = "text",
     block_tokens: int = 256,
     max_blocks: int = 384,
     batch_blocks: int = 8,
-    learning_rate: float = 1e-3,
-    epochs: int = 1,
+    learning_rate: float = 0.1,
+    epochs: int = 4,
+    part: int = 0,
+    parts: int = 0,
+    memory_limit: str = "",
     trust_remote_code: bool = False,
 ) -> None:
-    """Teach the pruned model's MoE blocks to answer as the original's do.
+    """Teach the pruned model's MoE blocks to answer as the original's do, one layer at a time.
 
     Args:
         teacher: The original model.
         student: The pruned model, from global_prune.
         plan: What was pruned, from global_prune.
         data: Text of the domain, as for calibrate.
+        objective: What the student is asked for, such as block=1 (what each MoE block puts out) or experts=1,block=0.5
+            (each expert's output, too).
+        train: What learns, of experts, router, shared and condensed, separated by commas; empty for experts and router,
+            and the layers that the plan condenses.
         text_field: Field of JSONL or Parquet that holds the text.
         block_tokens: Tokens per block.
-        max_blocks: Blocks to read at most.
+        max_blocks: Blocks to read at most; an eighth of them is held out.
         batch_blocks: Blocks per step of the optimizer.
-        learning_rate: Its peak.
-        epochs: Times that each block is seen.
+        learning_rate: Its peak, as a fraction of the size of the weights.
+        epochs: Times that each block is seen, at most.
+        part: Which part of the layers to train, from 0.
+        parts: How many parts there are; each trains every so manieth layer, and merge-distilled makes the model of
+            them. 0 to train all layers and write the model.
+        memory_limit: A size such as 16GiB to stay below, whatever the model's. Empty: there is no limit; layers are
+            brought in one at a time all the same.
         trust_remote_code: Run modelling code that the model brings along.
 
     Returns:
-        distilled: The recovered model, a Hugging Face checkpoint.
+        distilled: The recovered model, a Hugging Face checkpoint; of a part, what its layers have learnt.
     """
     from moeprune.steps import distill as step
 
@@ -44,12 +58,17 @@ def distill(
         plan.path,
         data,
         distilled.path,
+        objective=objective,
+        train=train,
         text_field=text_field,
         block_tokens=block_tokens,
         max_blocks=max_blocks,
         batch_blocks=batch_blocks,
         learning_rate=learning_rate,
         epochs=epochs,
+        part=part,
+        parts=parts,
+        memory_limit=memory_limit or None,
         trust_remote_code=trust_remote_code,
     )
-    distilled.metadata.update(student.metadata, optimizer_steps=len(result.curve))
+    distilled.metadata.update(student.metadata, optimizer_steps=result.steps)

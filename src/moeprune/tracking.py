@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ _DEFAULT_EXPERIMENT = "moeprune"
 # The UI shows runs, metrics and figures first, not the evaluation of prompts.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _LONGEST_PARAM = 6000  # MLflow's limit
+_MOST_POINTS = 500  # of a curve; MLflow takes 1000 at once, and a screen shows no more
 
 
 @contextmanager
@@ -86,6 +87,16 @@ class TrackedRun:
             # Names of data are part of some names, and MLflow does not take every character.
             named = {re.sub(r"[^\w. :/-]", "_", key): float(value) for key, value in values.items()}
             self.client.log_batch(self.run_id, metrics=[Metric(k, v, now, step) for k, v in named.items()])
+
+    @_plainly()
+    def curve(self, name: str, values: Sequence[float]) -> None:
+        """A metric at steps from 0 on; of a long curve, points at equal distances."""
+        if self.client and values:
+            from mlflow.entities import Metric
+
+            now, apart = int(time.time() * 1000), -(-len(values) // _MOST_POINTS)
+            points = [Metric(name, float(values[step]), now, step) for step in range(0, len(values), apart)]
+            self.client.log_batch(self.run_id, metrics=points)
 
     @_plainly()
     def tags(self, values: Mapping[str, str]) -> None:

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -20,7 +22,7 @@ from moeprune.checkpoint import modelling
 from moeprune.checkpoint.byte_sources import ByteSource
 from moeprune.checkpoint.files import CheckpointFiles
 from moeprune.checkpoint.identity import fingerprint
-from moeprune.checkpoint.layout import Layout, find_layout
+from moeprune.checkpoint.layout import Layout, build_without_weights, find_layout
 from moeprune.checkpoint.unsupported import quantisation, refuse_quantisation
 from moeprune.errors import InputError
 
@@ -69,6 +71,15 @@ class Checkpoint:
         own = modelling.experts_per_layer(self.config)
         return own if own is not None else {name: layer.experts for name, layer in self.layout.layers.items()}
 
+    @property
+    def may_run_code(self) -> bool:
+        """Whether modelling code in the checkpoint runs: the user said so, or it is ours."""
+        return self.trust_remote_code or modelling.is_ours(self.directory)
+
+    def without_weights(self, **options: Any) -> PreTrainedModel:
+        """The model on the meta device."""
+        return build_without_weights(self.config, trust_remote_code=self.may_run_code, **options)
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises InputError where the checkpoint has none."""
         try:
@@ -79,26 +90,35 @@ class Checkpoint:
             raise InputError(f"{self.directory} has no readable tokenizer: the one there is has no vocabulary")
         return tokenizer
 
-    def load(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
+    def load(
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        sharded: DistributedConfig | None = None,
+    ) -> PreTrainedModel:
         """Load the model for inference. Quantised weights are undone, so that experts compute the same on any device.
 
         Args:
             dtype: of the weights in memory; by default that of the device (`default_dtype`).
             device: by default the one there is (`default_device`), or all GPUs where there are several.
+            sharded: how the processes of a group share the model, each of which loads its part alone.
 
         Raises:
             InputError: the weights cannot be loaded, or do not all fit the architecture.
         """
         _ = self.files.entries  # names a missing or damaged shard before anything is built
-        trusted = self.trust_remote_code or modelling.is_ours(self.directory)
-        spread = {"device_map": "auto"} if device is None and torch.cuda.device_count() > 1 else {}
+        spread: dict[str, Any] = {}
+        if sharded is not None:
+            spread = {"distributed_config": sharded}
+        elif device is None and torch.cuda.device_count() > 1:
+            spread = {"device_map": "auto"}
         device = device or default_device()
         try:
             with one_after_another():
                 model, info = AutoModelForCausalLM.from_pretrained(
                     self.directory,
                     dtype=dtype or default_dtype(device),
-                    trust_remote_code=trusted,
+                    trust_remote_code=self.may_run_code,
                     output_loading_info=True,
                     quantization_config=undoing_quantisation(self.config),
                     **spread,

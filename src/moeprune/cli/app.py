@@ -257,44 +257,6 @@ def recover(
 
 
 @app.command()
-def distill(
-    teacher: Annotated[str, typer.Option(metavar="MODEL", help="the original model")],
-    student: Annotated[str, typer.Option(metavar="MODEL", help="the pruned model")],
-    plan: PlanOption,
-    data: DataOption,
-    out: Annotated[str, typer.Option(metavar="DIR", help="where to write the recovered model")],
-    text_field: FieldOption = "text",
-    block_tokens: BlockOption = 256,
-    max_blocks: Annotated[int, typer.Option(help="blocks to read at most")] = 384,
-    batch_blocks: BatchOption = 8,
-    learning_rate: Annotated[float, typer.Option(help="peak of the learning rate")] = 1e-3,
-    epochs: Annotated[int, typer.Option(min=1, help="times that each block is seen")] = 1,
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Teach the pruned model's MoE blocks to answer as the original's do."""
-    from moeprune.steps import distill as step
-
-    result = step.distill(
-        teacher,
-        student,
-        plan,
-        data,
-        out,
-        text_field=text_field,
-        block_tokens=block_tokens,
-        max_blocks=max_blocks,
-        batch_blocks=batch_blocks,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        trust_remote_code=trust_remote_code,
-    )
-    before, after = (sum(errors.values()) / len(errors) for errors in (result.error_before, result.error_after))
-    console.print(
-        f"{out}: mean error of the blocks' outputs on held-out text {before:.3f} -> {after:.3f} of their variance"
-    )
-
-
-@app.command()
 def evaluate(
     model: Annotated[
         list[str],

@@ -3,24 +3,56 @@
 from __future__ import annotations
 
 import time
-
-import torch
-from transformers import PreTrainedModel
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from moeprune import places, tracking
-from moeprune.atomic import build_beside, refuse_to_overwrite
-from moeprune.checkpoint.loading import Checkpoint, default_device
-from moeprune.checkpoint.rewriting import rewrite
-from moeprune.checkpoint.surgery import check_fits
-from moeprune.checkpoint.unsupported import quantisation
-from moeprune.distillation import Distilled
-from moeprune.distillation import distill as recover
-from moeprune.errors import InputError
-from moeprune.moe_blocks import block_of
+from moeprune.atomic import build_beside, refuse_to_overwrite, work_towards
+from moeprune.checkpoint.loading import Checkpoint
+from moeprune.distillation.checks import check_pair, check_tokenizers
+from moeprune.distillation.layer_local import learnt
+from moeprune.distillation.layer_local.job import Job, Text
+from moeprune.distillation.layer_local.layers import Trained, train_layers
+from moeprune.distillation.layer_local.learn import rate_at, steps_of
+from moeprune.distillation.layer_local.learnt import LayerLearnt
+from moeprune.distillation.layer_local.part import Part, layers_of_part, merge, write
+from moeprune.distillation.layer_local.settings import Settings
+from moeprune.distillation.objective import DEFAULT, Objective
+from moeprune.distillation.parts import default_parts, parse_parts, trainable
 from moeprune.plan import Plan
-from moeprune.progress import progress
+from moeprune.progress import note, progress
 from moeprune.steps import machine
+from moeprune.streaming.room import parse_bytes
 from moeprune.texts import read_blocks
+from moeprune.tracking import TrackedRun
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What layer-local distillation did.
+
+    Attributes:
+        layers: how each layer's training went, those of earlier calls that were interrupted included.
+    """
+
+    layers: list[LayerLearnt]
+
+    @property
+    def steps(self) -> int:
+        """Of the optimizer, over all of them."""
+        return sum(len(layer.curve) for layer in self.layers)
+
+    @property
+    def error_before(self) -> float:
+        """Mean over layers, on text held out."""
+        return sum(layer.before for layer in self.layers) / max(1, len(self.layers))
+
+    @property
+    def error_after(self) -> float:
+        return sum(layer.after for layer in self.layers) / max(1, len(self.layers))
 
 
 def distill(
@@ -30,97 +62,150 @@ def distill(
     data: str,
     out: str,
     *,
+    objective: str = str(DEFAULT),
+    train: str = "",
     text_field: str = "text",
     block_tokens: int = 256,
     max_blocks: int = 384,
-    batch_blocks: int = 8,
-    learning_rate: float = 1e-3,
-    epochs: int = 1,
+    batch_blocks: int = Settings.batch_blocks,
+    learning_rate: float = Settings.learning_rate,
+    epochs: int = Settings.epochs,
+    part: int = 0,
+    parts: int = 0,
+    memory_limit: str | None = None,
+    work: str | None = None,
     trust_remote_code: bool = False,
 ) -> Distilled:
-    """Win back what pruning lost, and put the recovered checkpoint at `out`. See `distillation.distill`.
+    """Win back what pruning lost, layer by layer, and put the recovered checkpoint at `out`. See `distillation`.
+
+    Interrupted in whatever way, the same call goes on after the last layer that was finished.
+
+    Args:
+        objective: what the student is asked for (`Objective.parse`).
+        train: what learns (`parts.parse_parts`); by default what the plan left of experts and routers.
+        learning_rate, epochs, batch_blocks: see `Settings`.
+        part, parts: train every `parts`-th layer, from the `part`-th on, and put what they have learnt at `out`, for
+            `merge_distilled`. With 0 parts, all layers are trained and the checkpoint is written.
+        memory_limit: a size such as `2GiB` that the process keeps to.
+        work: directory in which finished layers are kept on the way; by default beside `out`.
 
     Raises:
-        InputError: the plan was not made for the teacher, or the student is not what it makes of the teacher.
+        InputError: plan, teacher, student and tokenizers do not fit together, or nothing can be learnt as asked for.
     """
     machine.quieten()
+    settings = Settings(Objective.parse(objective), learning_rate, epochs, batch_blocks)
+    chosen = parse_parts(train) if train else None
+    limit = parse_bytes(memory_limit) if memory_limit else None
     params = {
         "teacher": teacher,
         "data": data,
         "block_tokens": block_tokens,
         "max_blocks": max_blocks,
-        "learning_rate": learning_rate,
-        "epochs": epochs,
+        "train": train or "default",
+        "memory_limit": memory_limit or "none",
+        **({"layers": f"{part}/{parts}"} if parts else {}),
+        **asdict(settings),
+        "objective": str(settings.objective),
     }
     with (
         tracking.step("distill", params | machine.describe()) as run,
         places.output(out) as path,
         places.local_file(plan) as plan_path,
-        places.local_model(teacher) as teacher_directory,
-        places.local_model(student) as student_directory,
+        _pair(teacher, student, trust_remote_code) as (original, pruned),
     ):
         refuse_to_overwrite(path)
         decided = Plan.load(plan_path)
-        original = Checkpoint(teacher_directory, trust_remote_code)
-        pruned = Checkpoint(student_directory, trust_remote_code)
-        check_fits(original, decided)
-        if method := quantisation(pruned.config):
-            raise InputError(
-                f"the weights of {student} are quantised as {method} and would have to be quantised again after "
-                "training; prune and distill the unquantised original"
-            )
-        if pruned.experts_per_layer != decided.experts_per_layer:
-            raise InputError(
-                f"{student} does not keep the experts that {plan} says; apply that plan to {teacher} first"
-            )
+        check_pair(original, pruned, decided)
+        names = [name for name, _ in pruned.without_weights().named_parameters()]
+        learning = trainable(chosen or default_parts(decided), decided, original.layout, names)
         blocks = read_blocks(
             data, original.tokenizer(), block_tokens=block_tokens, max_blocks=max_blocks, text_field=text_field
         )
+        check_tokenizers(original, pruned, blocks.ids_BS)
         run.dataset(blocks.name, blocks.address, blocks.fingerprint, "distillation", blocks.tokens)
-        device = default_device()
-        learner = pruned.load(torch.float32, device)
-        trainable = _trainable(original, learner, decided)
-        started = time.monotonic()
-        with progress("distill") as on_step:
-            result = recover(
-                original.load(device=device),
-                learner,
-                trainable,
-                blocks.ids_BS,
-                learning_rate=learning_rate,
-                batch_blocks=batch_blocks,
-                epochs=epochs,
-                keep_zeros=decided.sparsity is not None,
-                on_step=on_step,
-            )
-        seconds = time.monotonic() - started
-        with build_beside(path) as beside:
-            rewrite(pruned, learner, result.parameters, beside)
-        run.metrics({"seconds": seconds, "throughput_tokens_per_second": blocks.tokens * epochs / seconds})
-        for step, error in enumerate(result.curve):
-            run.metrics({"training_error_share_of_variance": error}, step)
-        for layer, name in enumerate(result.error_before):
-            run.metrics(
-                {
-                    "layer_error_before_share_of_variance": result.error_before[name],
-                    "layer_error_after_share_of_variance": result.error_after[name],
-                },
-                layer,
-            )
-        return result
+        job = Job(original, pruned, decided, learning, Text.of(blocks.ids_BS), settings)
+        mine = layers_of_part(list(learning), part, parts) if parts else list(learning)
+        name = job.name() + (f"-{part}-of-{parts}" if parts else "")
+        with work_towards(path, name, Path(work) if work else None) as kept:
+            made = _train(run, replace(job, learning={layer: learning[layer] for layer in mine}), kept, limit)
+            with build_beside(path) as beside:
+                if parts:
+                    Part.of(job).save(beside)
+                    learnt.copy_all(kept, beside)
+                else:
+                    write(pruned, dict.fromkeys(mine, kept), beside)
+        _warn(made, path, whole=not parts)
+        return Distilled(made)
 
 
-def _trainable(original: Checkpoint, learner: PreTrainedModel, plan: Plan) -> dict[str, list[str]]:
-    """By layer, the parameters that learn: of experts and routers, or all of a condensed layer.
+def merge_distilled(parts: Sequence[str], student: str, out: str, *, trust_remote_code: bool = False) -> Distilled:
+    """Put what the parts of a distillation have learnt together, into the recovered checkpoint at `out`.
 
-    Where the plan condenses layers, those that it leaves as they were have nothing to learn.
+    Args:
+        parts: all of them, as `distill` wrote them.
+        student: the pruned model that they were made from.
     """
-    trainable = {}
-    for name, layer in original.layout.layers.items():
-        planned = plan.layers[name]
-        if planned.condensed is not None:
-            block = block_of(name)
-            trainable[name] = [f"{block}.{own}" for own, _ in learner.get_submodule(block).named_parameters()]
-        elif planned.drop or not plan.condensed:
-            trainable[name] = list(layer.parameters)
-    return trainable
+    with (
+        tracking.step("merge_distilled", {"parts": len(parts)}) as run,
+        places.output(out) as path,
+        places.local_model(student) as student_directory,
+        ExitStack() as stack,
+    ):
+        directories = [stack.enter_context(places.local_model(part)) for part in parts]
+        with build_beside(path) as beside:
+            made = merge(Checkpoint(student_directory, trust_remote_code), directories, beside)
+        for number, layer in enumerate(made):
+            _tell_of_layer(run, number, layer)
+        return Distilled(made)
+
+
+@contextmanager
+def _pair(teacher: str, student: str, trust_remote_code: bool) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+    """Teacher, whose weights stay where they are until a layer is brought in, and student."""
+    with places.streamed_model(teacher) as (directory, weights), places.local_model(student) as student_directory:
+        yield Checkpoint(directory, trust_remote_code, weights), Checkpoint(student_directory, trust_remote_code)
+
+
+def _train(run: TrackedRun, job: Job, directory: Path, memory_limit: int | None) -> list[LayerLearnt]:
+    """Train what has not been trained, and tell the run of all."""
+    numbers = {layer: number for number, layer in enumerate(job.learning)}
+    before = [found for layer in job.learning if (found := learnt.load(directory, layer))]
+    if before:
+        note(f"{len(before)} of {len(job.learning)} layers were trained by an earlier call, and are kept")
+    for layer in before:
+        _tell_of_layer(run, numbers[layer.layer], layer)
+    steps = steps_of(job.settings, len(job.text.train))
+    run.curve("learning_rate", [job.settings.learning_rate * rate_at(step, steps) for step in range(steps)])
+    started = time.monotonic()
+
+    def tell(trained: Trained) -> None:
+        number = numbers[trained.learnt.layer]
+        _tell_of_layer(run, number, trained.learnt)
+        speed = trained.tokens / trained.seconds
+        run.metrics({"layer_tokens_per_second": speed, "memory_peak_mb": machine.peak_memory() / 1e6}, number)
+
+    with progress("distill") as on_step:
+        train_layers(job, directory, memory_limit=memory_limit, on_step=on_step, on_layer=tell)
+    run.metrics({"seconds": time.monotonic() - started})
+    made = [found for layer in job.learning if (found := learnt.load(directory, layer))]
+    result = Distilled(made)
+    run.metrics({"error_before_share": result.error_before, "error_after_share": result.error_after})
+    return made
+
+
+def _tell_of_layer(run: TrackedRun, number: int, layer: LayerLearnt) -> None:
+    run.curve(f"training_error_share/{layer.layer}", layer.curve)
+    run.metrics({"layer_error_before_share": layer.before, "layer_error_after_share": layer.after}, number)
+
+
+def _warn(made: list[LayerLearnt], path: Path, *, whole: bool) -> None:
+    """Say which layers got no better, and why."""
+    worse: dict[str, list[str]] = defaultdict(list)
+    for layer in made:
+        if layer.reason:
+            worse[layer.reason].append(layer.layer)
+    for reason, layers in worse.items():
+        named = layers[0] + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
+        note(f"{named} got no better and {'are' if len(layers) > 1 else 'is'} left as pruning left it: {reason}")
+    if whole and not any(layer.parameters for layer in made):
+        note(f"no layer got better; {path} is the pruned model, unchanged")

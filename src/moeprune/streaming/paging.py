@@ -26,7 +26,6 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 
-from moeprune.checkpoint import modelling
 from moeprune.checkpoint.layout import build_without_weights, experts_modules, with_experts
 from moeprune.checkpoint.loading import Checkpoint, one_after_another, undoing_quantisation
 from moeprune.errors import InputError
@@ -48,7 +47,6 @@ class PagedModel:
         self.dtype = dtype
         self._device = device
         self._config, self._quantizer = _dequantising(checkpoint.config, device)
-        self._trusted = checkpoint.trust_remote_code or modelling.is_ours(checkpoint.directory)
         self.model = self._prepared(self._config)
         self.layers = list(experts_modules(self.model))
         self._of_fewer_experts: dict[int, PreTrainedModel] = {}
@@ -139,7 +137,7 @@ class PagedModel:
 
     def _prepared(self, config: PretrainedConfig) -> PreTrainedModel:
         """A model on the meta device, but for the buffers that are computed and not stored: those as after loading."""
-        model = build_without_weights(config, dtype=self.dtype, trust_remote_code=self._trusted)
+        model = build_without_weights(config, dtype=self.dtype, trust_remote_code=self._checkpoint.may_run_code)
         if self._quantizer is not None:
             self._quantizer.preprocess_model(model=model, dtype=self.dtype, device_map={"": self._device})
         for name in [*dict(model.named_parameters()), *dict(model.named_buffers())]:

@@ -73,18 +73,18 @@ class Job:
     def name(self) -> str:
         """A digest of all that the outcome depends on but the machine."""
         digest = hashlib.sha256(f"{_VERSION} {self.teacher.fingerprint}".encode())
-        digest.update(_witnesses(self.student.files))
+        digest.update(witnesses(self.student.files).encode())
         digest.update(self.plan.to_json().encode())
         digest.update(json.dumps([self.learning, asdict(self.settings)]).encode())
         digest.update(self.text.ids_BS.numpy().tobytes())
         return digest.hexdigest()[:32]
 
 
-def _witnesses(files: CheckpointFiles) -> bytes:
+def witnesses(files: CheckpointFiles) -> str:
     """The shapes of all tensors and the first values of each: no two students that differ are alike in all of these."""
     digest = hashlib.sha256()
     for name, entry in sorted(files.entries.items()):
         digest.update(json.dumps([name, entry.shape, entry.dtype]).encode())
         values = files.read_values(name, 0, min(_WITNESSES, math.prod(entry.shape)))
         digest.update(values.view(torch.uint8).numpy().tobytes())
-    return digest.digest()
+    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,6 +65,12 @@ def tensors(directory: Path, layer: str, names: Iterable[str]) -> dict[str, torc
     """A layer's parameters."""
     with safe_open(_path(directory, layer), "pt") as file:
         return {name: file.get_tensor(name) for name in names}
+
+
+def copy_all(source: Path, target: Path) -> None:
+    """Put all layers' files of a directory into another as well."""
+    for path in source.glob("*.safetensors"):
+        shutil.copyfile(path, target / path.name)
 
 
 def _path(directory: Path, layer: str) -> Path:

@@ -1,0 +1,3 @@
+from .component import merge_distilled
+
+__all__ = ["merge_distilled"]
