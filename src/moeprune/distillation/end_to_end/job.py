@@ -136,8 +136,7 @@ class Text:
             raise InputError(f"training needs at least 2 blocks of text, not {len(ids_BS)}; give more text")
         return cls(ids_BS[~held], ids_BS[held])
 
-    @property
-    def all_BS(self) -> torch.Tensor:
+    def rows(self) -> torch.Tensor:
         """All of it, what is learnt from first: the order in which rows are counted."""
         return torch.cat([self.train_BS, self.held_out_BS])
 

@@ -1,7 +1,7 @@
-"""What a training keeps on disk: the state it can go on from, at most two of them at a time, and the best weights so far.
+"""What a training keeps on disk: the states it can go on from, at most two at a time, and the best weights so far.
 
-Only what learns is kept; the rest lies in the pruned checkpoint. A state counts once it carries a mark, which is written last
-and when every process has written its share: one that was interrupted is not gone on from.
+Only what learns is kept; the rest lies in the pruned checkpoint. A state counts once it carries a mark, which is
+written last, when every process has written its share: from one that was interrupted nothing goes on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the teacher has to say of a batch: its most probable next tokens, and how far a student's layers are from its own.
+"""What the teacher has to say of a batch: its most probable next tokens, and how far a student's layers are from its.
 
-Axes: B sequences of S tokens, T = B * S; K most probable tokens, V of the vocabulary; C choices of experts per token; H hidden
-size.
+Axes: B sequences of S tokens, T = B * S; K most probable tokens, V of the vocabulary; C choices of experts per token;
+H hidden size.
 """
 
 from __future__ import annotations
@@ -75,21 +75,19 @@ class Teacher:
 
         with self._watched(see_experts, see_block):
             for id_S in ids_BS:
-                self._run(id_S[None], logits=False)
+                run(self._model, id_S[None], logits=False)
         self._sizes = {key: Size.of(parts) for key, parts in seen.items()}
 
-    @torch.no_grad()
     def teach(self, ids_BS: torch.Tensor, inner: Inner) -> Taught:
         """Run a batch beside what the student has just made of it.
 
-        Each expert's output is held against that of the teacher's own, for the tokens that chose it in the student and what
-        the teacher's layer is given of them.
+        Each expert's output is held against that of the teacher's own, for the tokens that chose it in the student and
+        what the teacher's layer is given of them.
         """
         found: dict[str, list[torch.Tensor]] = {"experts": [], "block": []}
 
         def compare_experts(call: ExpertsCall) -> torch.Tensor:
-            if call.layer in inner.experts:
-                student = inner.experts[call.layer]
+            if student := inner.experts.get(call.layer):
                 keep = self._keep[call.layer].to(student.index_TK.device)
                 wanted_TCH = run_choices(call, keep[student.index_TK.to(torch.int64).clamp(max=len(keep) - 1)])
                 with torch.enable_grad():
@@ -105,8 +103,8 @@ class Teacher:
                 wanted_TH = first(output).flatten(0, -2)
                 found["block"].append(self._sizes["block", name].missed(inner.blocks[name], wanted_TH))
 
-        with self._watched(compare_experts, compare_block):
-            logits_BSV = self._run(ids_BS, logits=bool(self._objective.logits))
+        with torch.no_grad(), self._watched(compare_experts, compare_block):
+            logits_BSV = run(self._model, ids_BS, logits=bool(self._objective.logits))
         errors = {name: torch.stack(parts).mean() for name, parts in found.items() if parts}
         return Taught(errors, Top.of(logits_BSV, self._objective) if self._objective.logits else None)
 
@@ -118,9 +116,6 @@ class Teacher:
             block = self._model.get_submodule(block_of(name))
             stack.callback(block.register_forward_hook(partial(on_block, name)).remove)
         return stack
-
-    def _run(self, ids_BS: torch.Tensor, *, logits: bool) -> torch.Tensor:
-        return run(self._model, ids_BS.to(self._model.device), logits=logits)
 
 
 def run(model: torch.nn.Module, ids_BS: torch.Tensor, *, logits: bool) -> torch.Tensor:

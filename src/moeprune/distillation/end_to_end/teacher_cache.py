@@ -47,12 +47,19 @@ class TeacherCache:
         refuse_without_room(self._directory, rows * tokens_per_row * top * _BYTES_PER_TOKEN_AND_K)
 
     def write(self, rows: range, tops: Sequence[Top]) -> None:
-        """Write one file: of `rows`, one of `missing`, what the teacher said, batch by batch."""
+        """Write one file.
+
+        Args:
+            rows: one of `missing`.
+            tops: what the teacher said of them, batch by batch, and maybe of others after.
+        """
         with write_beside(self._path(rows.start)) as beside:
             save_file(
                 {
-                    "index": torch.cat([top.index_BSK.cpu() for top in tops]),
-                    "log_share": torch.cat([top.log_share_BSK.to("cpu", torch.float16) for top in tops]),
+                    "index": torch.cat([top.index_BSK.cpu() for top in tops])[: len(rows)].contiguous(),
+                    "log_share": torch.cat([top.log_share_BSK.to("cpu", torch.float16) for top in tops])[
+                        : len(rows)
+                    ].contiguous(),
                 },
                 beside,
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from pydantic import BaseModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-EVENTS_NAME = "events.jsonl"
+_EVENTS_NAME = "events.jsonl"
 LAUNCHER_VARIABLE = "MOEPRUNE_LAUNCHER"
 
 _METRICS = {
@@ -58,9 +59,15 @@ class EventFile:
         self._path = path
         self._read = 0
 
+    @classmethod
+    def of(cls, directory: Path) -> EventFile:
+        """Of the job in a directory."""
+        return cls(directory / _EVENTS_NAME)
+
     def clear(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text("")
+        self._read = 0
 
     def write(self, event: Event) -> None:
         with self._path.open("a") as file:
@@ -135,7 +142,8 @@ def peak_memory_bytes() -> int:
     """The peak of this process: on a GPU that of its allocator, otherwise of resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _is_alive(process: int) -> bool:

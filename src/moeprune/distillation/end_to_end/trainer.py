@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from moeprune.distillation.end_to_end.inner import Inner
@@ -25,11 +26,12 @@ from moeprune.distillation.losses import cross_entropy, divergence
 from moeprune.distillation.objective import Objective
 from moeprune.distillation.zeros import Zeros
 
+_SHARDS = "optimizer"
 HELD_OUT = "eval_loss"  # as Trainer and its callbacks call it
 Batch = dict[str, torch.Tensor]
 
 
-class Diverged(Exception):
+class DivergedError(Exception):
     """The gradient or the held-out loss is no number any more. The weights are those of the step before."""
 
 
@@ -116,7 +118,7 @@ class DistillationTrainer(Trainer):
         if objective.text:
             errors["text"] = cross_entropy(logits_BSV, ids_BS)
         if objective.layer_local:
-            # Sharded layers gather their weights for the backward pass when it comes to their outputs, the last one's too.
+            # Sharded layers gather their weights for the backward pass when it comes by their outputs, the last's too.
             errors["anchor"] = logits_BSV.float().mean() * 0
         return errors
 
@@ -148,7 +150,7 @@ class DistillationTrainer(Trainer):
         metrics = {HELD_OUT: self._sum(errors).item()}
         metrics |= {f"eval_{name}": value.item() for name, value in errors.items() if name != "anchor"}
         if not math.isfinite(metrics[HELD_OUT]):
-            raise Diverged
+            raise DivergedError
         if self.state.global_step == 0:
             self.state.best_metric = metrics[HELD_OUT]
         self.log(metrics)
@@ -169,7 +171,7 @@ class DistillationTrainer(Trainer):
         norm = super()._clip_grad_norm(model)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):  # the same in all processes, and before the weights have heard of it
-            raise Diverged
+            raise DivergedError
         return norm
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,11 +200,29 @@ class DistillationTrainer(Trainer):
         put_back(self.model.named_parameters(), load_file(Path(resume_from_checkpoint) / LEARNT_NAME))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if not self.is_distributed_loading_by_transformers:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        # Trainer would save the whole model once more beside it.
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        state = {"optimizer": get_optimizer_state_dict(self.model, self.optimizer.optimizer)}
+        checkpoint.save(state, checkpoint_id=Path(output_dir) / _SHARDS)  # each process its own
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
+        if checkpoint_dir is None or not self.is_distributed_loading_by_transformers:
+            super()._load_optimizer_and_scheduler(checkpoint_dir)
+            return
+        state = {"optimizer": get_optimizer_state_dict(self.model, self.optimizer.optimizer)}
+        checkpoint.load(state, checkpoint_id=Path(checkpoint_dir) / _SHARDS)
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state["optimizer"])
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint_dir) / SCHEDULER_NAME, weights_only=True))
+
+
+class SaveWhenJudged(TrainerCallback):
+    """Has a state saved after each evaluation, but for the first, before anything was learnt.
+
+    Trainer itself saves no models that were sharded when they were loaded.
+    """
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_save = state.global_step > 0

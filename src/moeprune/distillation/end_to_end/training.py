@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import fcntl
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
+from transformers.distributed import DistributedConfig
 from transformers.trainer_callback import PrinterCallback
 
 from moeprune.atomic import write_beside
-from moeprune.checkpoint.loading import Checkpoint
+from moeprune.checkpoint.loading import Checkpoint, default_dtype
 from moeprune.distillation.end_to_end.inner import watching
 from moeprune.distillation.end_to_end.job import Job, Text
 from moeprune.distillation.end_to_end.keeping import Keeping
 from moeprune.distillation.end_to_end.lora import add_lora
 from moeprune.distillation.end_to_end.modes import learn_as_used
 from moeprune.distillation.end_to_end.teacher import Teacher, Top, run
-from moeprune.distillation.end_to_end.teacher_cache import TeacherCache
+from moeprune.distillation.end_to_end.teacher_cache import ROWS_PER_FILE, TeacherCache
 from moeprune.distillation.end_to_end.telling import Event, Listener, Telling
-from moeprune.distillation.end_to_end.trainer import HELD_OUT, DistillationTrainer, Diverged, Rows
+from moeprune.distillation.end_to_end.trainer import (
+    HELD_OUT,
+    DistillationTrainer,
+    DivergedError,
+    Rows,
+    SaveWhenJudged,
+)
 from moeprune.distillation.parts import trainable
 from moeprune.errors import InputError
 from moeprune.plan import Plan
@@ -82,28 +89,28 @@ def train(job: Job, listener: Listener) -> Outcome:
         if outcome := Outcome.of(job.directory):
             return outcome
         set_seed(job.training.seed)
-        inner_wanted = bool(asks.experts or asks.block)
-        teacher_runs = inner_wanted or (asks.logits and job.training.teacher_outputs == "computed")
-        teacher = _load_teacher(original, args) if teacher_runs or asks.logits else None
-        cache = None
-        if teacher is not None and not teacher_runs:
-            cache = TeacherCache(job.teacher_directory, len(text.all_BS))
-            _write_cache(cache, teacher, job, text, args, listener)
-            teacher = None
-        student = Checkpoint(job.student, job.trust_remote_code).load(torch.float32, args.device)
+        compares_layers = bool(asks.experts or asks.block)
+        cached = bool(asks.logits) and job.training.teacher_outputs == "cached" and not compares_layers
+        cache = TeacherCache(job.teacher_directory, len(text.rows())) if cached else None
+        if cache:
+            _write_cache(cache, original, job, text, args, listener)
+        beside = (
+            None if cache or not (asks.logits or compares_layers) else _load(original, default_dtype(args.device), args)
+        )
+        student = _load(Checkpoint(job.student, job.trust_remote_code), torch.float32, args)
         sparse = choose_what_learns(student, job, plan, original)
         learn_as_used(student)
         keeping = Keeping(job.directory / "states")
         layers = list(plan.layers)
         with watching(student, layers, experts=bool(asks.experts), blocks=bool(asks.block)) as inner:
-            lessons = Teacher(teacher, asks, plan) if teacher is not None else None
-            if lessons and inner_wanted:
-                lessons.measure(text.train_BS[:_MEASURED_ROWS])
+            teacher = Teacher(beside, asks, plan) if beside is not None else None
+            if teacher and compares_layers:
+                teacher.measure(text.train_BS[:_MEASURED_ROWS].to(args.device))
             trainer = DistillationTrainer(
                 student,
                 asks,
                 inner,
-                lessons,
+                teacher,
                 Rows(text.train_BS, cache, 0),
                 Rows(text.held_out_BS, cache, len(text.train_BS)),
                 sparse=sparse,
@@ -112,6 +119,7 @@ def train(job: Job, listener: Listener) -> Outcome:
                 callbacks=[
                     Telling(listener, job.training.batch_blocks * text.train_BS.shape[1]),
                     EarlyStoppingCallback(job.training.patience),
+                    SaveWhenJudged(),
                 ],
             )
             trainer.remove_callback(PrinterCallback)
@@ -160,12 +168,6 @@ def _arguments(job: Job, text: Text) -> TrainingArguments:
     steps = rows // training.batch_blocks * training.epochs
     between = max(1, math.ceil(steps / training.evaluations))
     on_gpu = torch.cuda.is_available()
-    sharded: dict[str, Any] = {}
-    if job.processes > 1:
-        sharded = {
-            "fsdp": True,
-            "fsdp_config": {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"},
-        }
     return TrainingArguments(
         output_dir=str(job.directory / "states"),
         learning_rate=training.learning_rate,
@@ -181,6 +183,7 @@ def _arguments(job: Job, text: Text) -> TrainingArguments:
         activation_checkpointing_kwargs={"use_reentrant": False},
         bf16=training.precision == "bfloat16" or (training.precision == "auto" and on_gpu),
         use_cpu=not on_gpu,
+        ddp_backend=None if on_gpu or job.processes == 1 else "gloo",
         dataloader_drop_last=True,  # every step is of as many blocks, in however many processes
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
@@ -191,14 +194,12 @@ def _arguments(job: Job, text: Text) -> TrainingArguments:
         eval_on_start=Keeping(job.directory / "states").last is None,
         metric_for_best_model=HELD_OUT,
         greater_is_better=False,
-        save_strategy="steps",
-        save_steps=between,
+        save_strategy="no",  # but with every evaluation (`SaveWhenJudged`)
         logging_steps=math.ceil(steps / _LOGS),
         logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
         optim="adamw_torch",
-        **sharded,
     )
 
 
@@ -213,24 +214,51 @@ def _alone(job: Job, args: TrainingArguments) -> Iterator[None]:
         yield
 
 
-def _load_teacher(original: Checkpoint, args: TrainingArguments) -> PreTrainedModel:
-    teacher = original.load(device=args.device)
-    return teacher.requires_grad_(False)
+def _load(source: Checkpoint, dtype: torch.dtype, args: TrainingArguments) -> PreTrainedModel:
+    """In one process the whole model; in several, each loads its shard of it (FSDP2)."""
+    if args.world_size == 1:
+        return source.load(dtype, args.device)
+    half = dtype == torch.float32 and args.bf16
+    return source.load(
+        dtype,
+        args.device,
+        DistributedConfig(fsdp_size=args.world_size, fsdp_plan=_gathered(source), fsdp_mixed_precision=half),
+    )
+
+
+def _gathered(source: Checkpoint) -> dict[str, str]:
+    """What is gathered at a time, in the words of transformers: a layer, which is let go again after its pass."""
+    layers = {re.sub(r"\.\d+\..*", ".*", name) for name in source.experts_per_layer}
+    return dict.fromkeys(layers, "free_full_weight")
 
 
 @torch.no_grad()
 def _write_cache(
-    cache: TeacherCache, teacher: PreTrainedModel, job: Job, text: Text, args: TrainingArguments, listener: Listener
+    cache: TeacherCache, original: Checkpoint, job: Job, text: Text, args: TrainingArguments, listener: Listener
 ) -> None:
     """Have the teacher run all of the text that it has not run yet; each process takes every so manieth file."""
-    asks, ids_BS = job.asks, text.all_BS
+    asks, ids_BS, size = job.asks, text.rows(), args.per_device_eval_batch_size
+    missing = cache.missing
+    _wait_for_all(args)
+    if not missing:
+        return
     cache.refuse_without_room(ids_BS.shape[1], asks.teacher_top)
-    missing = cache.missing[args.process_index :: args.world_size]
-    for done, rows in enumerate(missing, start=1):
-        batches = ids_BS[rows.start : rows.stop].split(args.per_device_eval_batch_size)
-        cache.write(rows, [Top.of(run(teacher, batch.to(args.device), logits=True), asks) for batch in batches])
+    teacher = _load(original, default_dtype(args.device), args)
+    turns = math.ceil(len(missing) / args.world_size)
+    for turn in range(turns):
+        mine = missing[turn * args.world_size :][args.process_index : args.process_index + 1]
+        # Sharded, the teacher runs in all processes at once, as often in each.
+        wanted = torch.tensor([row for rows in mine for row in rows], dtype=torch.int64)
+        rows_B = torch.cat([wanted, wanted.new_zeros(ROWS_PER_FILE - len(wanted))])
+        tops = [Top.of(run(teacher, ids_BS[some].to(args.device), logits=True), asks) for some in rows_B.split(size)]
+        for rows in mine:
+            cache.write(rows, tops)
         if not args.process_index:
-            listener(Event(doing="teacher", done=done, total=len(missing)))
+            listener(Event(doing="teacher", done=turn + 1, total=turns))
+    _wait_for_all(args)
+
+
+def _wait_for_all(args: TrainingArguments) -> None:
     if args.world_size > 1:
         torch.distributed.barrier()
 
@@ -247,7 +275,7 @@ def _run(trainer: DistillationTrainer, job: Job, keeping: Keeping, args: Trainin
                 f"the held-out loss got no better in {job.training.patience} evaluations, the last after step "
                 f"{trainer.state.global_step} of {trainer.state.max_steps}"
             )
-    except Diverged:
+    except DivergedError:
         step, rate = trainer.state.global_step + 1, trainer._get_learning_rate()
         reason = f"training diverged at step {step}, where the learning rate was {rate:.2g}"
     history = trainer.state.log_history
