@@ -71,18 +71,18 @@ def _candidates(
 ) -> Iterator[Neurons]:
     for made in (experts[0], matched_mean(experts, share_M)):
         yield made
-        yield from _fitted(module, made, tokens)
+        yield from _fitted(made, *_moments(module, made, tokens))
     most_used = sorted(range(len(experts)), key=lambda member: -share_M[member])[:_MOST_MEMBERS]
     everything = _together([experts[member] for member in most_used], [share_M[member] for member in most_used])
     moment_nn, target_nH = _moments(module, everything, tokens)
     for ridge in _RIDGES_OF_CHOICE:
         chosen = choose(regularised(moment_nn, ridge), target_nH, len(experts[0].down_IH))
-        yield from _fitted(module, replace(everything.of(chosen), down_IH=0 * experts[0].down_IH), tokens)
+        without_projection = replace(everything.of(chosen), down_IH=0 * experts[0].down_IH)
+        yield from _fitted(without_projection, moment_nn[chosen][:, chosen], target_nH[chosen])
 
 
-def _fitted(module: torch.nn.Module, neurons: Neurons, tokens: _Tokens) -> Iterator[Neurons]:
+def _fitted(neurons: Neurons, moment_II: torch.Tensor, target_IH: torch.Tensor) -> Iterator[Neurons]:
     """With the last projection moved, more or less, to where it fits."""
-    moment_II, target_IH = _moments(module, neurons, tokens)
     missing_IH = target_IH - moment_II @ neurons.down_IH
     for ridge in RIDGES:
         yield replace(neurons, down_IH=neurons.down_IH + solve(moment_II, missing_IH, ridge))

@@ -91,7 +91,7 @@ def choose(moment_nn: torch.Tensor, target_nH: torch.Tensor, keep: int) -> torch
     """
     left = torch.arange(len(moment_nn), device=moment_nn.device)
     while len(left) > keep:
-        inverse = torch.linalg.inv(moment_nn[left][:, left].double())
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment_nn[left][:, left].double()))
         loss = (inverse @ target_nH[left].double()).square().sum(1) / inverse.diagonal()
         gone = min(len(left) - keep, max(1, int(len(left) * _AT_ONCE)))
         left = left[loss.argsort(stable=True)[gone:].sort().values]
