@@ -20,7 +20,7 @@ from kubeflow_trainer_api import models
 from kubernetes import client
 from kubernetes_api import NAMESPACE, KubernetesApi, strictly
 
-from moeprune.errors import InputError, MoepruneError, ServiceError
+from moeprune.errors import InputError, ServiceError
 from moeprune.train_job import DEFAULT_RUNTIME, Cluster, Nodes, job_name, run_train_job
 from moeprune.train_job.cluster import NoAnswerError
 from moeprune.train_job.manifest import train_job
@@ -374,7 +374,7 @@ class TestItsOwnPod:
 
 
 class TestFailures:
-    def fails(self, api: KubernetesApi, said: list[str]) -> Callable[[str], None]:
+    def fails(self, api: KubernetesApi) -> Callable[[str], None]:
         def scene(name: str) -> None:
             out_of_memory = client.V1ContainerStateTerminated(exit_code=137, reason="OOMKilled")
             status = client.V1ContainerStatus(
@@ -386,14 +386,13 @@ class TestFailures:
                 state=client.V1ContainerState(terminated=out_of_memory),
             )
             api.add_pod("pod-1", name, 1, phase="Failed", container_statuses=[status])
-            api.logs["pod-0"] += said
             api.logs["pod-1"] = ["of no interest", *["one of the last"] * 20]
             api.set_status(name, "Failed", "FailedJobs", "jobset failed")
 
         return scene
 
     def test_with_its_reason(self, api: KubernetesApi, runs: Callable[[str], None]) -> None:
-        Story(api, runs, self.fails(api, []))
+        Story(api, runs, self.fails(api))
         said: list[str] = []
         with pytest.raises(ServiceError) as failure:
             run(said.append)
@@ -403,15 +402,6 @@ class TestFailures:
         assert said[-20:] == ["pod-1: one of the last"] * 20
         assert "pod-1: of no interest" not in said
         assert not api.jobs
-
-    @pytest.mark.parametrize("kind", [InputError, ServiceError])
-    def test_with_what_moeprune_itself_said(
-        self, api: KubernetesApi, runs: Callable[[str], None], kind: type[MoepruneError]
-    ) -> None:
-        line = f"[rank0]: moeprune.errors.{kind.__name__}: too little text"
-        Story(api, runs, self.fails(api, ["Traceback", line, "and what torchrun has to say"]))
-        with pytest.raises(kind, match=r"^too little text$"):
-            run()
 
     def test_an_image_that_nobody_can_pull(self, api: KubernetesApi) -> None:
         def stuck(name: str) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections import deque
 from datetime import UTC, datetime
 
-from moeprune.errors import InputError, MoepruneError, ServiceError
+from moeprune.errors import ServiceError
 from moeprune.train_job.cluster import Cluster
 
-_OUR_ERROR = re.compile(r"(?:\[rank\d+\]: )?moeprune\.errors\.(\w+): (.+)")  # torch says whose it is
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)")
 _SECONDS_AGAIN = 5  # of what was read: lines come late
 _BEFORE_ALL = (datetime.min.replace(tzinfo=UTC), "")
@@ -25,7 +23,6 @@ class NodeLog:
         self._pod = ""
         self._last_time = _BEFORE_ALL
         self._asked_at: float | None = None
-        self._said: deque[str] = deque(maxlen=200)
 
     def new_lines(self, pod: str) -> list[str]:
         """What `pod` has said since the last look. A log that cannot be read now may be readable at the next."""
@@ -42,17 +39,7 @@ class NodeLog:
         new = [(said_at, line) for said_at, line in stamped if said_at > self._last_time]
         if new:
             self._last_time = new[-1][0]
-        lines = [line for _, line in new]
-        self._said.extend(lines)
-        return lines
-
-    @property
-    def error(self) -> MoepruneError | None:
-        """The last of moeprune's own errors among the lines, as it was raised there."""
-        for line in reversed(self._said):
-            if ours := _OUR_ERROR.fullmatch(line.strip()):
-                return (InputError if ours[1] == InputError.__name__ else ServiceError)(ours[2])
-        return None
+        return [line for _, line in new]
 
 
 def _time(stamp: str) -> tuple[datetime, str]:

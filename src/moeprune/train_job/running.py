@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from moeprune.errors import InputError, MoepruneError, ServiceError
+from moeprune.errors import InputError, ServiceError
 from moeprune.progress import note
 from moeprune.services.signals import deferred, raised
 from moeprune.train_job.cluster import Cluster, ExistsError, NoAnswerError, NotThereError
@@ -55,7 +55,7 @@ def run_train_job(
         say: gets the job's state when it changes, and the lines of the first node as they come.
 
     Raises:
-        InputError: the runtime does not exist or is not for PyTorch; there is no image; or the job ended with one.
+        InputError: the runtime does not exist or is not for PyTorch; there is no image.
         ServiceError: the cluster refuses, no longer answers, or the job failed: with its reason.
     """
     own_pod = OwnPod.of_this_process(cluster)
@@ -138,16 +138,10 @@ def _follow(
             for pod in pods[1:]:
                 if pod.status.phase == "Failed":
                     _quote(cluster, pod.metadata.name, say)
-            raise _failure(name, state, log)
+            raise ServiceError(f"the TrainJob {name} failed: {state.reason}")
         if state.obstacle and time.monotonic() - since >= for_obstacles:
             raise ServiceError(f"the TrainJob {name} cannot start: {state.obstacle}")
         time.sleep(between_looks)
-
-
-def _failure(name: str, state: State, log: NodeLog) -> MoepruneError:
-    if log.error:
-        return log.error
-    return ServiceError(f"the TrainJob {name} failed: {state.reason}")
 
 
 def _quote(cluster: Cluster, pod: str, say: Callable[[str], None]) -> None:
