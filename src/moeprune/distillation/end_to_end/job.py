@@ -16,7 +16,6 @@ from moeprune.errors import InputError
 from moeprune.validation import complaint
 
 TEACHER_OUTPUTS = ("computed", "cached")
-HELD_OUT_EVERY = 8
 _JOB_NAME = "job.json"
 _TEXT_NAME = "text.safetensors"
 
@@ -51,6 +50,20 @@ class Training(BaseModel):
     lora_rank: int = Field(16, ge=1, description="of what LoRA adds to a weight")
     seed: int = Field(0, description="of the order of the blocks and of LoRA's beginning")
     processes: int = Field(1, ge=1, description="processes that share the model and the work on this machine (FSDP2)")
+
+    def refuse_uneven_shares(self, rows: int, processes: int) -> None:
+        """Raise InputError where a step's blocks cannot be divided, or there are not so many."""
+        passes = processes * self.accumulation
+        if self.batch_blocks % passes:
+            raise InputError(
+                f"{self.batch_blocks} blocks per step cannot be shared by {processes} processes in {self.accumulation} "
+                f"passes each; give a multiple of {passes}"
+            )
+        if self.batch_blocks > rows:
+            raise InputError(
+                f"a step takes {self.batch_blocks} blocks, and there are {rows} to learn from; give more text or "
+                "smaller steps"
+            )
 
     @classmethod
     def of(cls, **options: object) -> Training:
@@ -121,20 +134,6 @@ class Text:
 
     def __init__(self, train_BS: torch.Tensor, held_out_BS: torch.Tensor) -> None:
         self.train_BS, self.held_out_BS = train_BS, held_out_BS
-
-    @classmethod
-    def split(cls, ids_BS: torch.Tensor) -> Text:
-        """Hold out every eighth block, so that each source of a mixture is judged by.
-
-        Raises:
-            InputError: too few blocks to hold one out.
-        """
-        held = torch.arange(len(ids_BS)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        if not held.any():
-            held = torch.arange(len(ids_BS)) == len(ids_BS) - 1
-        if len(ids_BS) <= held.sum():
-            raise InputError(f"training needs at least 2 blocks of text, not {len(ids_BS)}; give more text")
-        return cls(ids_BS[~held], ids_BS[held])
 
     def rows(self) -> torch.Tensor:
         """All of it, what is learnt from first: the order in which rows are counted."""

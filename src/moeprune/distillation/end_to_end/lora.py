@@ -6,7 +6,7 @@ no addition: of a sparse plan, the experts stay as they are.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
 
 import torch
 from transformers import PreTrainedModel
@@ -14,12 +14,15 @@ from transformers import PreTrainedModel
 from moeprune.checkpoint.layout import experts_modules
 from moeprune.errors import InputError
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
 _WEIGHTS = 2  # axes of a dense projection
 _EXPERTS_WEIGHTS = 3
 _WRAPPED = ".base_layer"
+
+
+def refuse_without_peft() -> None:
+    """Raise InputError where the library is not installed."""
+    if find_spec("peft") is None:
+        raise InputError("LoRA needs the library peft: pip install 'moeprune[lora]'")
 
 
 def add_lora(model: PreTrainedModel, rank: int, *, experts: bool) -> list[str]:
@@ -35,10 +38,9 @@ def add_lora(model: PreTrainedModel, rank: int, *, experts: bool) -> list[str]:
     Raises:
         InputError: peft is not installed, or the model has nothing to add to.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise InputError("LoRA needs the library peft: pip install 'moeprune[lora]'") from error
+    refuse_without_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     head = model.get_output_embeddings()
     dense = [
         name
@@ -53,9 +55,7 @@ def add_lora(model: PreTrainedModel, rank: int, *, experts: bool) -> list[str]:
     ]
     if not dense and not (experts and own):
         raise InputError(f"{model.config.model_type} has no projections that LoRA could add to; train other parts")
-    config: LoraConfig = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=dense, target_parameters=own if experts else None
-    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=dense, target_parameters=own if experts else None)
     before = {name for name, _ in model.named_parameters()}
     inject_adapter_in_model(config, model)
     return [name for name, _ in model.named_parameters() if plain_name(name) not in before]

@@ -155,16 +155,7 @@ def choose_what_learns(student: PreTrainedModel, job: Job, plan: Plan, original:
 def _arguments(job: Job, text: Text) -> TrainingArguments:
     training, rows = job.training, len(text.train_BS)
     passes = job.processes * training.accumulation
-    if training.batch_blocks % passes:
-        raise InputError(
-            f"{training.batch_blocks} blocks per step cannot be shared by {job.processes} processes in "
-            f"{training.accumulation} passes each; give a multiple of {passes}"
-        )
-    if training.batch_blocks > rows:
-        raise InputError(
-            f"a step takes {training.batch_blocks} blocks, and there are {rows} to learn from; give more text or "
-            "smaller steps"
-        )
+    training.refuse_uneven_shares(rows, job.processes)
     steps = rows // training.batch_blocks * training.epochs
     between = max(1, math.ceil(steps / training.evaluations))
     on_gpu = torch.cuda.is_available()

@@ -1,0 +1,146 @@
+"""From a pruned checkpoint to the one that a training makes of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+
+from moeprune.atomic import build_beside, work_towards
+from moeprune.checkpoint.loading import Checkpoint
+from moeprune.checkpoint.rewriting import rewrite
+from moeprune.distillation.end_to_end.job import Job, Text, Training
+from moeprune.distillation.end_to_end.keeping import Keeping, put_back
+from moeprune.distillation.end_to_end.lora import merge_lora, plain_name, refuse_without_peft
+from moeprune.distillation.end_to_end.processes import train_in_processes
+from moeprune.distillation.end_to_end.telling import Listener
+from moeprune.distillation.end_to_end.training import Outcome, choose_what_learns, train
+from moeprune.distillation.experts import refuse_without_counterparts
+from moeprune.distillation.layer_local.job import witnesses
+from moeprune.distillation.objective import Objective
+from moeprune.distillation.parts import trainable
+from moeprune.plan import Plan
+
+_VERSION = 1  # another for every change of what a training makes; what another release has begun is then begun anew
+
+Trains = Callable[[Job, Listener], Outcome]
+
+
+def distill_whole(
+    teacher: Checkpoint,
+    student: Checkpoint,
+    plan: Plan,
+    text: Text,
+    out: Path,
+    *,
+    objective: Objective,
+    parts: Collection[str],
+    training: Training,
+    listener: Listener,
+    trains: Trains | None = None,
+    processes: int = 0,
+    work: Path | None = None,
+) -> Outcome:
+    """Train a student as a whole and write the best of it to `out`; where nothing got better, the student as it was.
+
+    Interrupted in whatever way, the same call goes on after the last state that it kept.
+
+    Args:
+        plan: that made the student of the teacher (`checks.check_pair`).
+        parts: what learns.
+        listener: told how far it is.
+        trains: who does the job; by default this process, or as many as `training` says.
+        processes: how many processes that is, where others do it.
+        work: directory to keep states in; by default beside `out`.
+
+    Raises:
+        InputError: nothing can be trained so, or it diverged.
+        ServiceError: the processes ended without a result.
+    """
+    processes = processes or training.processes
+    parts = sorted(parts)
+    refuse_what_cannot_be(teacher, student, plan, text, objective, parts, training, processes)
+    trains = trains or (train if processes == 1 else train_in_processes)
+    name = _name(teacher, student, plan, text, objective, parts, training, processes)
+    with work_towards(out, name, work) as kept:
+        plan.save(kept / "plan.json")
+        job = Job(
+            teacher=teacher.directory,
+            student=student.directory,
+            plan=kept / "plan.json",
+            directory=kept,
+            objective=str(objective),
+            parts=parts,
+            training=training,
+            processes=processes,
+            trust_remote_code=student.trust_remote_code,
+        )
+        job.save(text)
+        outcome = trains(job, listener)
+        with build_beside(out) as beside:
+            write(job, teacher, student, plan, outcome, beside)
+    return outcome
+
+
+def refuse_what_cannot_be(
+    teacher: Checkpoint,
+    student: Checkpoint,
+    plan: Plan,
+    text: Text,
+    objective: Objective,
+    parts: Collection[str],
+    training: Training,
+    processes: int,
+) -> None:
+    """Raise InputError for what would only be found out when the models are in memory."""
+    training.refuse_uneven_shares(len(text.train_BS), processes)
+    if objective.experts:
+        refuse_without_counterparts(plan)
+    if "lora" in parts:
+        refuse_without_peft()
+    if of_model := set(parts) - {"lora"}:
+        trainable(of_model, plan, teacher.layout, [name for name, _ in student.without_weights().named_parameters()])
+
+
+def write(job: Job, teacher: Checkpoint, student: Checkpoint, plan: Plan, outcome: Outcome, out: Path) -> None:
+    """The student's checkpoint with what was learnt, where anything got better, into the directory `out`."""
+    keeping = Keeping(job.directory / "states")
+    if not outcome.better:
+        rewrite(student, student.without_weights(), {}, out)
+    elif "lora" not in job.parts:
+        rewrite(student, student.without_weights(), keeping.best(), out)
+    else:
+        model = student.load(torch.float32, torch.device("cpu"))
+        choose_what_learns(model, job, plan, teacher)
+        learnt = keeping.best()
+        put_back(model.named_parameters(), learnt)
+        own = {plain_name(name): value for name, value in learnt.items() if ".lora_" not in name}
+        rewrite(student, model, own | merge_lora(model), out)
+
+
+def _name(
+    teacher: Checkpoint,
+    student: Checkpoint,
+    plan: Plan,
+    text: Text,
+    objective: Objective,
+    parts: Collection[str],
+    training: Training,
+    processes: int,
+) -> str:
+    """A digest of all that the outcome depends on but the machine."""
+    told = [
+        _VERSION,
+        teacher.fingerprint,
+        witnesses(student.files),
+        plan.to_json(),
+        text.fingerprint,
+        str(objective),
+        list(parts),
+        training.model_dump(),
+        processes,
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
