@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -66,7 +66,7 @@ class Training(BaseModel):
             )
 
     @classmethod
-    def of(cls, **options: object) -> Training:
+    def of(cls, **options: Any) -> Training:
         """Raises InputError, with the option's name, for one that makes no sense."""
         try:
             return cls(**options)

@@ -5,10 +5,12 @@ one machine.
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moeprune.atomic import build_beside
 from moeprune.distillation.end_to_end.job import Job
 from moeprune.distillation.end_to_end.processes import failure_file, why_it_failed
 from moeprune.distillation.end_to_end.telling import EventFile, Listener
@@ -22,20 +24,26 @@ _RUN_VARIABLE = "KFP_RUN_ID"
 def train_on_nodes(job: Job, listener: Listener, nodes: Nodes, cluster: Cluster | None = None, **how: Any) -> Outcome:
     """Have a TrainJob run the job's processes, pass on what they say, and wait for what they come to.
 
+    Models that do not lie on the nodes' volume are copied into the job's directory, which does.
+
     Args:
-        job: with as many processes as the nodes have, all its paths on their volume.
+        job: with as many processes as the nodes have.
         cluster: to run it on; by default the one that this process is in, or that the kubeconfig is about.
         how: options of `run_train_job`.
 
     Raises:
-        InputError: as `train`; a path that the nodes cannot see; or the TrainJob cannot be as asked for.
+        InputError: as `train`; the job's directory is not on the volume; or the TrainJob cannot be as asked for.
         ServiceError: the cluster refuses, or the TrainJob failed.
     """
-    for path in (job.teacher, job.student, job.plan, job.directory):
-        if not path.is_relative_to(nodes.volume_path):
-            raise InputError(f"the nodes cannot read {path}; it must lie on their volume, below {nodes.volume_path}")
+    if not job.directory.is_relative_to(nodes.volume_path):
+        raise InputError(
+            f"the nodes cannot reach {job.directory}; keep the work on their volume {nodes.volume}, which they mount "
+            f"at {nodes.volume_path} (and so must whoever starts them)"
+        )
+    cluster = cluster or Cluster()
+    job = _with_models_on_the_volume(job, nodes)
     name = job_name(os.environ.get(_RUN_VARIABLE, ""), asdict(nodes), job.model_dump(mode="json"))
-    events = EventFile.of(job.directory)
+    events, failure = EventFile.of(job.directory), failure_file(job.directory)
 
     def pass_on() -> None:
         try:
@@ -45,15 +53,13 @@ def train_on_nodes(job: Job, listener: Listener, nodes: Nodes, cluster: Cluster 
         for event in said:
             listener(event)
 
-    failure = failure_file(job.directory)
     failure.unlink(missing_ok=True)
     try:
-        run_train_job(name, nodes, command(job.directory), cluster=cluster or Cluster(), on_look=pass_on, **how)
+        run_train_job(name, nodes, command(job.directory), cluster=cluster, on_look=pass_on, **how)
     except ServiceError as error:
         if failure.is_file():
             raise InputError(failure.read_text()) from error
         raise
-    pass_on()
     if outcome := Outcome.of(job.directory):
         return outcome
     raise why_it_failed(job.directory, "")
@@ -64,3 +70,18 @@ def command(directory: Path) -> list[str]:
     Kubeflow Trainer sets.
     """
     return ["torchrun", "-m", f"{__package__}", str(directory)]
+
+
+def _with_models_on_the_volume(job: Job, nodes: Nodes) -> Job:
+    there = {}
+    for name in ("teacher", "student"):
+        directory: Path = getattr(job, name)
+        if not directory.is_relative_to(nodes.volume_path):
+            copy = job.directory / "models" / name
+            if not copy.exists():
+                with build_beside(copy) as beside:
+                    shutil.copytree(directory, beside, dirs_exist_ok=True)
+            there[name] = copy
+    moved = job.model_copy(update=there)
+    moved.save(job.text())
+    return moved

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from moeprune.distillation.end_to_end.job import Job
 from moeprune.distillation.end_to_end.telling import LAUNCHER_VARIABLE, EventFile, Listener
@@ -68,7 +69,7 @@ def failure_file(directory: Path) -> Path:
 
 
 @contextmanager
-def _running(torchrun: list[str], processes: int, output: object) -> Iterator[subprocess.Popen]:
+def _running(torchrun: list[str], processes: int, output: BinaryIO) -> Iterator[subprocess.Popen]:
     """Start it with a fair share of the cores for each process; end it and all that it started with the block."""
     environment = {**os.environ, LAUNCHER_VARIABLE: str(os.getpid())}
     environment["OMP_NUM_THREADS"] = str(max(1, _cores() // processes))

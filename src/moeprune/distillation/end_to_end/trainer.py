@@ -69,6 +69,8 @@ class DistillationTrainer(Trainer):
         keeping: where states go.
     """
 
+    control: TrainerControl
+
     def __init__(
         self,
         student: PreTrainedModel,
