@@ -47,4 +47,4 @@ def _time(stamp: str) -> tuple[datetime, str]:
     if not (parts := _TIME.fullmatch(stamp)):
         return _BEFORE_ALL
     second = datetime.fromisoformat(parts[1] + parts[3].replace("Z", "+00:00"))
-    return second, (parts[2] or "").ljust(9, "0")
+    return second, parts[2] or ""  # which sorts as the fraction does
