@@ -7,7 +7,6 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,11 @@ from moeprune.train_job.pod import POD_VARIABLE
 
 RUNTIME = Path(__file__).parents[1] / "manifests" / "base" / "train-runtime.yaml"
 COMMAND = ["torchrun", "-m", "moeprune.distillation.end_to_end"]
-TWO = Nodes(2, "work", "registry/moeprune:7", gpus=4, cpus="8", memory="64Gi", queue="gpus")
+TWO = Nodes.of(count=2, volume="work", image="registry/moeprune:7", gpus=4, cpus="8", memory="64Gi", queue="gpus")
 NAME = job_name("run-1")
 
 nodes = st.builds(
-    Nodes,
+    Nodes.of,
     count=st.integers(1, 9999),
     image=st.just("image"),
     gpus=st.integers(0, 16),
@@ -78,7 +77,10 @@ class TestTheManifest:
 
     def test_what_is_asked_for(self) -> None:
         job = manifest(
-            replace(TWO, node_selector={"pool": "h100"}, tolerations=[{"key": "gpu", "operator": "Exists"}]), run="r-1"
+            TWO.model_copy(
+                update={"node_selector": {"pool": "h100"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]}
+            ),
+            run="r-1",
         )
         assert job["metadata"]["labels"] == {
             "app.kubernetes.io/part-of": "moeprune",
@@ -118,7 +120,7 @@ class TestTheManifest:
         }
 
     def test_one_process_where_there_is_no_gpu(self) -> None:
-        trainer = manifest(Nodes(3, "work", "i"))["spec"]["trainer"]
+        trainer = manifest(Nodes.of(count=3, volume="work", image="i"))["spec"]["trainer"]
         assert (trainer["numNodes"], trainer["numProcPerNode"]) == (3, 1)
         assert trainer["resourcesPerNode"] == {"requests": {}, "limits": {}}
 
@@ -156,22 +158,35 @@ class TestTheRuntime:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"count": 0}, "at least 1 node"),
-        ({"gpus": -1}, "GPUs"),
-        ({"memory": "64 GB"}, "64Gi"),
-        ({"cpus": "many"}, "CPUs"),
-        ({"runtime": ""}, "training runtime"),
-        ({"volume": "My Volume"}, "name of a volume"),
-        ({"volume": ""}, "name of a volume"),
-        ({"volume_path": "work"}, "/mnt/moeprune"),
-        ({"queue": "-"}, "name of a queue"),
-        ({"longest_hours": 0}, "more than 0 hours"),
+        ({"count": 0}, "count: Input should be greater than or equal to 1"),
+        ({"gpus": -1}, "gpus: .*given: -1"),
+        ({"memory": "64 GB"}, "memory: .*given: '64 GB'"),
+        ({"cpus": "many"}, "cpus"),
+        ({"runtime": ""}, "runtime"),
+        ({"volume": "My Volume"}, "volume: "),
+        ({"volume_path": "work"}, "volume_path"),
+        ({"volume_path": "/"}, "volume_path"),
+        ({"longest_hours": 0}, "longest_hours"),
+        ({"gpu": 8}, "gpu: not known"),
     ],
 )
-def test_nodes_that_cannot_be_meant(wrong: dict[str, Any], said: str) -> None:
-    options: dict[str, Any] = {"count": 2, "volume": "work"} | wrong
-    with pytest.raises(InputError, match=said):
-        Nodes(**options)
+def test_nodes_that_cannot_be_meant(wrong: dict[str, Any], said: str, tmp_path: Path) -> None:
+    options = {"count": 2, "volume": "work"} | wrong
+    with pytest.raises(InputError, match=f"the nodes: {said}"):
+        Nodes.of(**options)
+    file = tmp_path / "nodes.json"
+    file.write_text(json.dumps(options))
+    with pytest.raises(InputError, match=f"the nodes in {file}: {said}"):
+        Nodes.load(file)
+
+
+def test_nodes_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "nodes.json"
+    file.write_text(TWO.model_dump_json())
+    assert Nodes.load(file) == TWO
+    assert TWO.processes == 8
+    with pytest.raises(InputError, match=r"absent\.json cannot be read"):
+        Nodes.load(tmp_path / "absent.json")
 
 
 @pytest.fixture
@@ -340,7 +355,7 @@ class TestItsOwnPod:
     def test_image_and_owner(self, api: KubernetesApi, completes: Callable[[str], None]) -> None:
         seen: list[dict[str, Any]] = []
         Story(api, lambda name: seen.append(api.jobs[name]), completes)
-        run(of=replace(TWO, image=""))
+        run(of=TWO.model_copy(update={"image": ""}))
         assert seen[0]["spec"]["trainer"]["image"] == "registry/moeprune:7"
         assert seen[0]["metadata"]["ownerReferences"] == [
             {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "prune-x", "uid": "u-1"}
@@ -370,7 +385,7 @@ class TestItsOwnPod:
     def test_no_image_outside_of_a_pod(self, api: KubernetesApi, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(POD_VARIABLE)
         with pytest.raises(InputError, match="which image"):
-            run(of=replace(TWO, image=""))
+            run(of=TWO.model_copy(update={"image": ""}))
 
 
 class TestFailures:

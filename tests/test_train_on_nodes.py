@@ -105,7 +105,7 @@ def kubelet_of(api: KubernetesApi, logs: Path) -> Iterator[Kubelet]:
 @pytest.fixture
 def nodes(tmp_path: Path) -> Nodes:
     (tmp_path / "volume").mkdir()
-    return Nodes(2, "work", "image", volume_path=str(tmp_path / "volume"))
+    return Nodes.of(count=2, volume="work", image="image", volume_path=str(tmp_path / "volume"))
 
 
 @pytest.fixture

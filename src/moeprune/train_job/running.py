@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 from moeprune.errors import InputError, ServiceError
 from moeprune.progress import note
@@ -62,7 +61,7 @@ def run_train_job(
     if not nodes.image:
         if not own_pod.image:
             raise InputError("which image is the job to run? name one that has moeprune in it")
-        nodes = replace(nodes, image=own_pod.image)
+        nodes = nodes.model_copy(update={"image": own_pod.image})
     run = os.environ.get(_RUN_VARIABLE, "")
     kind = cluster.runtime_kind(nodes.runtime)
     job = train_job(name, nodes, command, runtime_kind=kind, run=run, owner=own_pod.owner)

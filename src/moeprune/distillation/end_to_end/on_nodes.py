@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def train_on_nodes(job: Job, listener: Listener, nodes: Nodes, cluster: Cluster 
     Models that do not lie on the nodes' volume are copied into the job's directory, which does.
 
     Args:
-        job: with as many processes as the nodes have.
+        job: of `nodes.processes` processes.
         cluster: to run it on; by default the one that this process is in, or that the kubeconfig is about.
         how: options of `run_train_job`.
 
@@ -41,8 +40,9 @@ def train_on_nodes(job: Job, listener: Listener, nodes: Nodes, cluster: Cluster 
             f"at {nodes.volume_path} (and so must whoever starts them)"
         )
     cluster = cluster or Cluster()
+    cluster.runtime_kind(nodes.runtime)  # refused before anything is copied
     job = _with_models_on_the_volume(job, nodes)
-    name = job_name(os.environ.get(_RUN_VARIABLE, ""), asdict(nodes), job.model_dump(mode="json"))
+    name = job_name(os.environ.get(_RUN_VARIABLE, ""), nodes.model_dump(), job.model_dump(mode="json"))
     events, failure = EventFile.of(job.directory), failure_file(job.directory)
 
     def pass_on() -> None:
