@@ -1,8 +1,9 @@
 """How much each token has to say in a fit.
 
 A few tokens, such as the first of a text, make experts put out a hundred times what they usually do; in squares they
-would be all that a fit hears. What a layer adds is read through a norm by every layer after it, so what counts is the
-error relative to the output: a token's square is divided by its output's, from the median upwards.
+would be all that a fit hears. Yet what they put out is what attention rests on in every layer after it, so they cannot
+go unheard either, as they would if every token's error counted relative to its output. A token's square is divided by
+its output's norm, from the median upwards: half way between the two.
 
 Axes: T tokens of a batch, padding included, H hidden size.
 """
@@ -27,5 +28,6 @@ def roots(output: Sequence[torch.Tensor], counts: Sequence[torch.Tensor]) -> lis
         return [torch.zeros_like(square_T) for square_T in square]
     usual = real.median().clamp_min(torch.finfo(torch.float32).tiny)
     return [
-        (usual / square_T.clamp_min(usual)).sqrt() * counts_T for square_T, counts_T in zip(square, counts, strict=True)
+        (usual / square_T.clamp_min(usual)).pow(0.25) * counts_T
+        for square_T, counts_T in zip(square, counts, strict=True)
     ]
