@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -148,6 +149,10 @@ class DistillationTrainer(Trainer):
                     total[name] = total.get(name, torch.zeros((), device=error.device)) + error.float() * len(some)
         if processes > 1:
             total = {name: self.accelerator.reduce(value) for name, value in total.items()}
+            # A pass without a backward one leaves some weights gathered, in which no optimizer knows its own again.
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         errors = {name: value / rows for name, value in total.items()}
         metrics = {HELD_OUT: self._sum(errors).item()}
         metrics |= {f"eval_{name}": value.item() for name, value in errors.items() if name != "anchor"}
