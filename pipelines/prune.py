@@ -9,9 +9,11 @@ from moeprune.components.cluster import cluster
 from moeprune.components.distill import distill
 from moeprune.components.evaluate import evaluate
 from moeprune.components.global_prune import global_prune
+from moeprune.components.merge_distilled import merge_distilled
 from moeprune.components.merge_stats import merge_stats
 from moeprune.components.prepare import prepare
 from moeprune.components.promote import promote
+from moeprune.components.spread import spread
 from moeprune.methods import BASELINES, DEFAULT
 
 from .on_a_cluster import use_services
@@ -53,8 +55,13 @@ def prune(
     trial_blocks: int = 8,
     recovery_blocks: int = 128,
     distillation_blocks: int = 384,
+    distillation_objective: str = "block=1",
+    distillation_parts: str = "",
+    distillation_epochs: int = 4,
+    distillation_shards: int = 1,
+    distillation_memory_limit: str = "",
     evaluation_blocks: int = 32,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 0.1,
     registered_model: str = "moeprune",
     max_loss_increase_nats: float = 0.25,
     trust_remote_code: bool = False,
@@ -95,9 +102,18 @@ def prune(
             each layer what suits it best, by the silhouette).
         trial_blocks: Blocks to try decisions on at most, where the method does that (cd-moe).
         recovery_blocks: Blocks to fit what stays on at most, by least squares, where the method asks for that (fuse).
-        distillation_blocks: Blocks to distill on at most.
+        distillation_blocks: Blocks to distill on at most; an eighth of them is held out.
+        distillation_objective: What the pruned model is asked for, such as block=1 (what each MoE block puts out) or
+            experts=1,block=0.5 (each expert's output, too).
+        distillation_parts: What learns, of experts, router, shared and condensed, separated by commas; empty for
+            experts and router, and the layers that the plan condenses.
+        distillation_epochs: Times that each block is seen, at most.
+        distillation_shards: Tasks that share the layers; each streams the original once and trains every so manieth
+            layer. The result is the same.
+        distillation_memory_limit: A size such as 16GiB that distilling stays below, whatever the model's. Empty: there
+            is no limit; layers are brought in one at a time all the same.
         evaluation_blocks: Blocks of each held-out text to measure on at most.
-        learning_rate: Of the distillation, its peak.
+        learning_rate: Of the distillation, its peak, as a fraction of the size of the weights.
         registered_model: Name of the model in the registry.
         max_loss_increase_nats: The most that the result may lose on the domain, in nats per token, to be registered.
         trust_remote_code: Run modelling code that the model brings along.
@@ -151,14 +167,28 @@ def prune(
         recovery_blocks=recovery_blocks,
         **texts,
     )
-    recovered = distill(
-        teacher=model,
+    # One shard is merged, too: kfp.local does not know artifacts of which only one is made (dsl.OneOf).
+    numbered = spread(shards=distillation_shards)
+    with dsl.ParallelFor(numbered.output, name="distillation shards") as part:
+        learnt = distill(
+            teacher=model,
+            student=pruned.outputs["pruned"],
+            plan=pruned.outputs["plan"],
+            data=data,
+            objective=distillation_objective,
+            train=distillation_parts,
+            max_blocks=distillation_blocks,
+            learning_rate=learning_rate,
+            epochs=distillation_epochs,
+            part=part,
+            parts=distillation_shards,
+            memory_limit=distillation_memory_limit,
+            **texts,
+        )
+    recovered = merge_distilled(
+        parts=dsl.Collected(learnt.outputs["distilled"]),
         student=pruned.outputs["pruned"],
-        plan=pruned.outputs["plan"],
-        data=data,
-        max_blocks=distillation_blocks,
-        learning_rate=learning_rate,
-        **texts,
+        trust_remote_code=trust_remote_code,
     )
     measured = evaluate(
         original=model,
@@ -179,7 +209,10 @@ def prune(
 
     # What a run is compared by is made in that run, whatever was made before: only what all runs on the same model and
     # data share is taken from a cache.
-    reusable, unique = (prepared, calibrated, merged, clustered), (pruned, recovered, measured, judged)
+    reusable, unique = (
+        (prepared, calibrated, merged, clustered),
+        (pruned, numbered, learnt, recovered, measured, judged),
+    )
     for task in reusable:
         task.set_caching_options(enable_caching=True)
     for task in unique:

@@ -37,6 +37,7 @@ from moeprune.cli.app import (
 from moeprune.cli.screen import Screen
 from moeprune.cli.services import STATE, MlflowPortOption, S3PortOption, StateOption, services_in
 from moeprune.clustering import PUBLISHED
+from moeprune.distillation.layer_local.settings import Settings
 from moeprune.errors import InputError
 from moeprune.evaluation.report import Report
 from moeprune.evaluation.table import show
@@ -88,10 +89,15 @@ def run(
     cluster_algorithm: Annotated[str, typer.Option(help=ALGORITHM_HELP)] = "ward",
     clusters_per_layer: Annotated[str, typer.Option(help=CLUSTERS_HELP)] = PUBLISHED,
     distillation_blocks: Annotated[int, typer.Option(min=1, help="blocks to recover on at most")] = 384,
+    distillation_epochs: Annotated[
+        int, typer.Option(min=1, help="times that each of them is seen at most")
+    ] = Settings.epochs,
     evaluation_blocks: Annotated[
         int, typer.Option(min=1, help="blocks of each held-out text to measure on at most")
     ] = 32,
-    learning_rate: Annotated[float, typer.Option(help="of the distillation, its peak")] = 1e-3,
+    learning_rate: Annotated[
+        float, typer.Option(help="of the distillation, its peak, as a fraction of the size of the weights")
+    ] = Settings.learning_rate,
     registered_model: Annotated[str, typer.Option(metavar="NAME", help="of the model in the registry")] = "moeprune",
     max_loss_increase_nats: Annotated[
         float,
@@ -138,6 +144,7 @@ def run(
         "cluster_algorithm": cluster_algorithm,
         "clusters_per_layer": clusters_per_layer,
         "distillation_blocks": distillation_blocks,
+        "distillation_epochs": distillation_epochs,
         "evaluation_blocks": evaluation_blocks,
         "learning_rate": learning_rate,
         "registered_model": registered_model,

@@ -1,0 +1,3 @@
+from .component import spread
+
+__all__ = ["spread"]
