@@ -417,6 +417,12 @@ class TestBadInput:
         given = ("--teacher", qwen, "--student", qwen, "--plan", plan, "--data", "builtin://arithmetic")
         assert "exists already" in refused("distill", *given, "--out", out)
 
+    def test_text_for_a_method_that_reads_none(
+        self, refused: Callable[..., str], stats: Path, out: Path, qwen: Path
+    ) -> None:
+        given = ("--method", "frequency", "--ratio", 0.5, "--stats", stats, "--model", qwen, "--out", out)
+        assert "reads no text" in refused("plan", "make", *given, "--data", "builtin://arithmetic")
+
     def test_an_output_file_that_is_a_directory(self, refused: Callable[..., str], stats: Path, out: Path) -> None:
         out.mkdir()
         given = ("--method", "frequency", "--ratio", 0.5, "--stats", stats)

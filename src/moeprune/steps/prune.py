@@ -17,6 +17,7 @@ from moeprune.checkpoint import surgery
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.shards import SHARD_BYTES
 from moeprune.clusters import Clusters
+from moeprune.errors import InputError
 from moeprune.methods import find, make_plan, parse_options
 from moeprune.plan import Plan
 from moeprune.plan import Recovery as RecoveryPlan
@@ -66,8 +67,13 @@ def plan(
         model: the original; by its headers, all but a ratio of experts become such a ratio. A method that tries what it
             decides loads it.
         data, text_field, block_tokens, trial_blocks: the text that such a method tries it on (`texts.read_blocks`).
+
+    Raises:
+        InputError: text is given to a method that does not try what it decides; and as `methods.make_plan` does.
     """
     budget = Budget.of(ratio, parameters_ratio, size)
+    if data and not find(method).tries:
+        raise InputError(f"{method} decides by the Stats alone and reads no text; leave --data out")
     with tracking.step("plan", _params(method, budget, options)) as run, ExitStack() as stack:
         source = stack.enter_context(_streamed(model, trust_remote_code)) if model else None
         trial = None
