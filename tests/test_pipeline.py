@@ -28,9 +28,11 @@ from moeprune.components.cluster import cluster
 from moeprune.components.distill import distill
 from moeprune.components.evaluate import evaluate
 from moeprune.components.global_prune import global_prune
+from moeprune.components.merge_distilled import merge_distilled
 from moeprune.components.merge_stats import merge_stats
 from moeprune.components.prepare import prepare
 from moeprune.components.promote import promote
+from moeprune.components.spread import spread
 from moeprune.errors import InputError
 from moeprune.evaluation.report import Quality
 from moeprune.pipelines import freshness, processes
@@ -42,8 +44,8 @@ from moeprune.statistics import Stats
 from moeprune.steps.evaluate import models_in
 
 REUSABLE = {"prepare", "calibrate", "merge-stats", "cluster"}
-STEPS = REUSABLE | {"global-prune", "distill", "evaluate", "promote"}
-LOOP = "for-loop-1"  # over shards; the compiler makes a component of it
+STEPS = REUSABLE | {"global-prune", "spread", "distill", "merge-distilled", "evaluate", "promote"}
+LOOPS = {"for-loop-1": {"calibrate"}, "for-loop-2": {"distill"}}  # over shards; the compiler makes components of them
 
 
 def compiled(path: Path, **environment: str) -> str:
@@ -75,7 +77,8 @@ def described(definitions: dict[str, dict[str, dict[str, Any]]]) -> Iterator[tup
 class TestTheYaml:
     def test_every_input_and_output_is_described(self, spec: dict[str, Any]) -> None:
         of_steps = {name.removeprefix("comp-"): component for name, component in spec["components"].items()}
-        assert of_steps.pop(LOOP)["dag"]["tasks"].keys() == {"calibrate"}
+        for loop, tasks in LOOPS.items():
+            assert of_steps.pop(loop)["dag"]["tasks"].keys() == tasks
         assert of_steps.keys() == STEPS
         for name, component in [*of_steps.items(), ("the pipeline", spec["root"])]:
             for side in ("inputDefinitions", "outputDefinitions"):
@@ -103,8 +106,8 @@ class TestTheYaml:
         assert "pip install" not in text
 
     def test_only_what_runs_share_is_cached(self, spec: dict[str, Any]) -> None:
-        dags = [spec["root"]["dag"], spec["components"][f"comp-{LOOP}"]["dag"]]
-        tasks = {name: task for dag in dags for name, task in dag["tasks"].items() if name != LOOP}
+        dags = [spec["root"]["dag"], *(spec["components"][f"comp-{loop}"]["dag"] for loop in LOOPS)]
+        tasks = {name: task for dag in dags for name, task in dag["tasks"].items() if name not in LOOPS}
         assert tasks.keys() == STEPS
         assert {name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")} == REUSABLE
 
@@ -283,21 +286,43 @@ class TestComponents:
         assert (pruned.metadata["fewest_experts"], pruned.metadata["most_experts"]) == (3, 5)
 
     def test_distill(self, called: Callable[..., list[dict[str, Any]]]) -> None:
-        calls = called("distill", SimpleNamespace(curve=[1.0, 0.5]))
+        calls = called("distill", SimpleNamespace(steps=2))
         student, plan, distilled = Artifact("student", method="m"), Artifact("plan"), Artifact("distilled")
         options = {
+            "objective": "experts=1",
+            "train": "router",
             "text_field": "body",
             "block_tokens": 3,
             "max_blocks": 4,
             "batch_blocks": 5,
             "learning_rate": 0.5,
             "epochs": 2,
+            "part": 1,
+            "parts": 3,
+            "memory_limit": "2GiB",
             "trust_remote_code": True,
         }
         distill.python_func(teacher="M", student=student, plan=plan, data="D", distilled=distilled, **options)
         given = {"teacher": "M", "student": student.path, "plan": plan.path, "data": "D", "out": distilled.path}
         assert calls == [given | options]
         assert distilled.metadata == {"method": "m", "optimizer_steps": 2}
+
+    def test_merge_distilled(self, called: Callable[..., list[dict[str, Any]]]) -> None:
+        calls = called("merge_distilled", SimpleNamespace(steps=2))
+        parts, student, distilled = (
+            [Artifact("a"), Artifact("b")],
+            Artifact("student", method="m"),
+            Artifact("distilled"),
+        )
+        merge_distilled.python_func(parts=parts, student=student, distilled=distilled, trust_remote_code=True)
+        given = {"parts": ["/artifacts/a", "/artifacts/b"], "student": student.path, "out": distilled.path}
+        assert calls == [given | {"trust_remote_code": True}]
+        assert distilled.metadata == {"method": "m", "optimizer_steps": 2}
+
+    def test_spread(self) -> None:
+        assert spread.python_func(shards=3) == [0, 1, 2]
+        with pytest.raises(ValueError, match="0 shards"):
+            spread.python_func(shards=0)
 
     def test_evaluate(self, called: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
         quality = {"law": Quality(loss_nats=1.5, perplexity=4.5, accuracy=0.4, tokens=9)}

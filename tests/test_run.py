@@ -196,7 +196,9 @@ class TestARun:
             "merge-stats",
             "cluster",
             "global-prune",
+            "spread",
             "distill",
+            "merge-distilled",
             "evaluate",
             "promote",
         ):

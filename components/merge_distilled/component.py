@@ -20,7 +20,7 @@ def merge_distilled(
     Returns:
         distilled: The recovered model, a Hugging Face checkpoint: what one task would have made of all layers.
     """
-    from moeprune.steps import distill as step
+    from moeprune.steps import merge_distilled as step
 
     result = step.merge_distilled(
         [part.path for part in parts], student.path, distilled.path, trust_remote_code=trust_remote_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from moeprune.distillation.end_to_end.job import Training
 from moeprune.distillation.layer_local.settings import Settings
 from moeprune.distillation.objective import DEFAULT, ERRORS
 from moeprune.distillation.parts import PARTS
+from moeprune.train_job import Nodes
 
 if TYPE_CHECKING:
     from moeprune.steps.distill import Distilled
@@ -96,6 +98,14 @@ def distill(
         typer.Option(metavar="DIR", help="where to keep finished work on the way; default: beside the output"),
     ] = None,
     processes: Annotated[int | None, _end_to_end("processes")] = None,
+    nodes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON that says which nodes of a cluster are to train, as a TrainJob of Kubeflow Trainer (see "
+            "docs/distillation.md)",
+        ),
+    ] = None,
     teacher_outputs: Annotated[str | None, _end_to_end("teacher_outputs")] = None,
     accumulation: Annotated[int | None, _end_to_end("accumulation")] = None,
     gradient_checkpointing: Annotated[
@@ -136,12 +146,13 @@ def distill(
         from moeprune.steps.distill_end_to_end import distill_end_to_end
 
         _refuse_given(of_layers, how)
-        outcome = distill_end_to_end(teacher, student, plan, data, out, **both, **_given(of_whole))
+        machines = Nodes.load(nodes) if nodes else None
+        outcome = distill_end_to_end(teacher, student, plan, data, out, nodes=machines, **both, **_given(of_whole))
         told = f"the loss on text held out: {outcome.before:.4f} -> {outcome.after:.4f}"
     elif how == LAYER_LOCAL:
         from moeprune.steps import distill as step
 
-        _refuse_given(of_whole, how)
+        _refuse_given(of_whole | {"nodes": nodes}, how)
         part, parts = _part(layers)
         told = _told(
             step.distill(teacher, student, plan, data, out, part=part, parts=parts, memory_limit=memory_limit, **both)
@@ -159,7 +170,7 @@ def merge_distilled(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Put together what `distill --layers I/N` has trained: the same as one call over all layers would have given."""
-    from moeprune.steps import distill as step
+    from moeprune.steps import merge_distilled as step
 
     result = step.merge_distilled(parts, student, out, trust_remote_code=trust_remote_code)
     console.print(f"{out}: {_told(result)}")

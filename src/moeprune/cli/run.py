@@ -34,6 +34,7 @@ from moeprune.cli.app import (
     app,
     parse_settings,
 )
+from moeprune.cli.distill import OBJECTIVE_HELP, TRAIN_HELP
 from moeprune.cli.screen import Screen
 from moeprune.cli.services import STATE, MlflowPortOption, S3PortOption, StateOption, services_in
 from moeprune.clustering import PUBLISHED
@@ -89,9 +90,19 @@ def run(
     cluster_algorithm: Annotated[str, typer.Option(help=ALGORITHM_HELP)] = "ward",
     clusters_per_layer: Annotated[str, typer.Option(help=CLUSTERS_HELP)] = PUBLISHED,
     distillation_blocks: Annotated[int, typer.Option(min=1, help="blocks to recover on at most")] = 384,
-    distillation_epochs: Annotated[
-        int, typer.Option(min=1, help="times that each of them is seen at most")
-    ] = Settings.epochs,
+    distillation_objective: Annotated[str, typer.Option(metavar="NAME=WEIGHT", help=OBJECTIVE_HELP)] = str(
+        Settings.objective
+    ),
+    distillation_parts: Annotated[str, typer.Option(metavar="PART", help=TRAIN_HELP)] = "",
+    distillation_epochs: Annotated[int, typer.Option(min=1, help="times that each of them is seen at most")] = (
+        Settings.epochs
+    ),
+    distillation_shards: Annotated[
+        int, typer.Option(min=1, help="tasks that share the layers; here they run one after another")
+    ] = 1,
+    distillation_memory_limit: Annotated[
+        str, typer.Option(metavar="SIZE", help="distill below SIZE, for example 2GiB, whatever the model's")
+    ] = "",
     evaluation_blocks: Annotated[
         int, typer.Option(min=1, help="blocks of each held-out text to measure on at most")
     ] = 32,
@@ -144,7 +155,11 @@ def run(
         "cluster_algorithm": cluster_algorithm,
         "clusters_per_layer": clusters_per_layer,
         "distillation_blocks": distillation_blocks,
+        "distillation_objective": distillation_objective,
+        "distillation_parts": distillation_parts,
         "distillation_epochs": distillation_epochs,
+        "distillation_shards": distillation_shards,
+        "distillation_memory_limit": distillation_memory_limit,
         "evaluation_blocks": evaluation_blocks,
         "learning_rate": learning_rate,
         "registered_model": registered_model,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from moeprune.distillation.layer_local.job import Job, Text
 from moeprune.distillation.layer_local.layers import Trained, train_layers
 from moeprune.distillation.layer_local.learn import rate_at, steps_of
 from moeprune.distillation.layer_local.learnt import LayerLearnt
-from moeprune.distillation.layer_local.part import Part, layers_of_part, merge, write
+from moeprune.distillation.layer_local.part import Part, layers_of_part, write
 from moeprune.distillation.layer_local.settings import Settings
 from moeprune.distillation.objective import DEFAULT, Objective
 from moeprune.distillation.parts import default_parts, parse_parts, trainable
@@ -135,27 +135,6 @@ def distill(
                 else:
                     write(pruned, dict.fromkeys(mine, kept), beside)
         _warn(made, path, whole=not parts)
-        return Distilled(made)
-
-
-def merge_distilled(parts: Sequence[str], student: str, out: str, *, trust_remote_code: bool = False) -> Distilled:
-    """Put what the parts of a distillation have learnt together, into the recovered checkpoint at `out`.
-
-    Args:
-        parts: all of them, as `distill` wrote them.
-        student: the pruned model that they were made from.
-    """
-    with (
-        tracking.step("merge_distilled", {"parts": len(parts)}) as run,
-        places.output(out) as path,
-        places.local_model(student) as student_directory,
-        ExitStack() as stack,
-    ):
-        directories = [stack.enter_context(places.local_model(part)) for part in parts]
-        with build_beside(path) as beside:
-            made = merge(Checkpoint(student_directory, trust_remote_code), directories, beside)
-        for number, layer in enumerate(made):
-            _tell_of_layer(run, number, layer)
         return Distilled(made)
 
 
