@@ -143,9 +143,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def publish(name: str, title: str, rows: Sequence[dict[str, Any]], raw: Any, notes: str = "") -> None:
-    """Print the table, and write it with the raw numbers as `results/<name>.md` and `.json`."""
-    command = f"python benchmarks/{name}.py {' '.join(sys.argv[1:])}".strip()
+def publish(
+    name: str, title: str, rows: Sequence[dict[str, Any]], raw: Any, notes: str = "", *, script: str = ""
+) -> None:
+    """Print the table, and write it with the raw numbers as `results/<name>.md` and `.json`.
+
+    Args:
+        script: that made it, where it is not called as the results are.
+    """
+    command = f"python benchmarks/{script or name}.py {' '.join(sys.argv[1:])}".strip()
     where = ", ".join(f"{key} {value}" for key, value in machine().items())
     text = f"# {title}\n\n`{command}`, {datetime.now(UTC):%Y-%m-%d}; {where}\n\n{table(rows)}\n"
     if notes:

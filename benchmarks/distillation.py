@@ -1,0 +1,186 @@
+"""What distillation wins back of what pruning lost: time, memory and loss, for plans of several methods.
+
+    python benchmarks/distillation.py [--model M --domain NAME=TRAIN,HELD ...] [--method METHOD[:OPTION=VALUE,...] ...]
+        [--ratio 0.5] [--calibration-blocks 64] [--blocks 128] [--held-blocks 16] [--end-to-end METHOD]
+        [--set NAME=VALUE ...] [--state DIR]
+
+Each step is the command that a user runs, in a process of its own: calibrate, plan make, apply, recover where the plan
+asks for it, distill. Won back is the share of the increase of the held-out loss, mean over the domains, that
+distillation takes away. With --end-to-end, that method's plan is also distilled end to end, on the same text and with
+the same parts learning, for one epoch each, which is what the rates are compared by. What is made stays below --state:
+the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from measuring import Ran, publish, run
+from quality_table.rows import Row
+from quality_table.texts import BUILTIN, Domain
+
+from moeprune import places
+from moeprune.atomic import write_beside
+from moeprune.checkpoint.loading import Checkpoint
+from moeprune.evaluation.measure import measure
+from moeprune.methods import find
+from moeprune.methods.sparse import UNSTRUCTURED
+from moeprune.steps.machine import quieten
+from moeprune.texts import read_blocks
+
+_MOEPRUNE = Path(sys.executable).parent / "moeprune"
+_METHODS = ["reap", "frequency", "c-prune", "fuse", "moe-pruner"]
+_EVERYTHING_TRAINED = 7 / 8  # the rest is held out
+
+
+class Bench:
+    """The commands, each run once, and what they took."""
+
+    def __init__(self, options: argparse.Namespace, domains: list[Domain]) -> None:
+        self._options = options
+        self._train = ",".join(domain.train for domain in domains)
+        self._state: Path = options.state
+        with places.local_model(options.model) as directory:
+            tokenizer = Checkpoint(directory).tokenizer()
+        self._held = [
+            read_blocks(domain.held, tokenizer, block_tokens=options.block_tokens, max_blocks=options.held_blocks)
+            for domain in domains
+        ]
+
+    def loss(self, address: str) -> float:
+        """Mean over the domains, nats per token."""
+        with places.local_model(address) as directory:
+            quality = measure(Checkpoint(directory), self._held).quality.values()
+        return sum(one.loss_nats for one in quality) / len(quality)
+
+    def pruned(self, row: Row) -> tuple[Path, Path]:
+        """The checkpoint that a method makes, recovered where its plan asks for that, and the plan."""
+        model, blocks = self._options.model, self._options.calibration_blocks
+        text = ("--data", self._train, "--block-tokens", self._options.block_tokens, "--max-blocks", blocks)
+        stats, plan = self._of(row, "stats"), self._of(row, "plan.json")
+        cut, recovered = self._of(row, "cut"), self._of(row, "recovered")
+        self._once(stats, "calibrate", "--model", model, *text, "--for", row.method)
+        settings = [part for name, value in row.options.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+        amount = (
+            ("--ratio", self._options.ratio) if row.options.get("pattern", "unstructured") == "unstructured" else ()
+        )
+        tried = ("--data", self._train, "--model", model) if find(row.method).tries else ()
+        self._once(plan, "plan", "make", "--method", row.method, *amount, "--stats", stats, *settings, *tried)
+        self._once(cut, "apply", "--model", model, "--plan", plan, "--stats", stats)
+        if not json.loads(plan.read_text()).get("recovery"):
+            return cut, plan
+        self._once(recovered, "recover", "--model", model, "--pruned", cut, "--plan", plan, *text)
+        return recovered, plan
+
+    def distilled(self, row: Row, student: Path, plan: Path, how: str, *more: str) -> tuple[Path, Ran]:
+        options = self._options
+        out = self._of(row, "-".join([how, str(options.blocks), *(part.strip("-") for part in more)]))
+        text = ("--data", self._train, "--block-tokens", options.block_tokens, "--max-blocks", options.blocks)
+        given = ("--teacher", options.model, "--student", student, "--plan", plan, "--how", how, *text, *more)
+        return out, self._once(out, "distill", *given)
+
+    @property
+    def tokens(self) -> int:
+        """That are trained on in an epoch."""
+        return round(self._options.blocks * self._options.block_tokens * _EVERYTHING_TRAINED)
+
+    def _of(self, row: Row, what: str) -> Path:
+        return self._state / row.label.replace(" ", "").replace("/", "") / what
+
+    def _once(self, out: Path, *command: object) -> Ran:
+        """Run a command that makes something, or look up what it took when it did."""
+        record = out.with_name(f"{out.name}.took.json")
+        if record.is_file() and out.exists():
+            return Ran(**json.loads(record.read_text()))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        ran = run([_MOEPRUNE, *(str(part) for part in command), "--out", out])
+        with write_beside(record) as beside:
+            beside.write_text(json.dumps(asdict(ran)))
+        return ran
+
+
+def compare(bench: Bench, row: Row, original: float, settings: list[str]) -> dict[str, Any]:
+    student, plan = bench.pruned(row)
+    before = bench.loss(str(student))
+    out, ran = bench.distilled(row, student, plan, "layer-local", *settings)
+    after = bench.loss(str(out))
+    return {
+        "method": row.label,
+        "original_loss": original,
+        "before": before,
+        "after": after,
+        "seconds": ran.seconds,
+        "peak_bytes": ran.peak_bytes,
+    }
+
+
+def _row(raw: dict[str, Any]) -> dict[str, str]:
+    lost, left = raw["before"] - raw["original_loss"], raw["after"] - raw["original_loss"]
+    return {
+        "method": raw["method"],
+        "loss after pruning": f"+{lost:.3f}" if lost >= 0 else f"{lost:.3f}",
+        "after distillation": f"+{left:.3f}" if left >= 0 else f"{left:.3f}",
+        "won back": f"{1 - left / lost:.0%}" if lost > 0 else "nothing was lost",
+        "seconds": f"{raw['seconds']:.0f}",
+        "peak MiB": f"{raw['peak_bytes'] / 2**20:,.0f}",
+    }
+
+
+def rates(bench: Bench, row: Row) -> tuple[str, dict[str, Any]]:
+    """Layer-local beside end to end: the same parts, the same text, once."""
+    student, plan = bench.pruned(row)
+    _, ours = bench.distilled(row, student, plan, "layer-local", "--epochs", "1")
+    _, theirs = bench.distilled(row, student, plan, "end-to-end", "--epochs", "1", "--evaluations", "1")
+    faster, smaller = theirs.seconds / ours.seconds, theirs.peak_bytes / ours.peak_bytes
+    told = (
+        f"One epoch of {row.label}'s experts and routers over {bench.tokens:,} tokens, whole commands: layer-local "
+        f"{bench.tokens / ours.seconds:,.0f} tokens/s and {ours.peak_bytes / 2**20:,.0f} MiB, end to end "
+        f"{bench.tokens / theirs.seconds:,.0f} tokens/s and {theirs.peak_bytes / 2**20:,.0f} MiB: {faster:.2f} times "
+        f"as fast, a {1 / smaller:.2f}th of the memory."
+    )
+    return told, {"layer_local": asdict(ours), "end_to_end": asdict(theirs)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=places.REFERENCE_MODEL)
+    parser.add_argument("--domain", action="append", default=[], metavar="NAME=TRAIN,HELD")
+    parser.add_argument("--method", action="append", default=[], metavar="METHOD[:OPTION=VALUE,...]")
+    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--calibration-blocks", type=int, default=64)
+    parser.add_argument("--blocks", type=int, default=128, help="to distill on, an eighth of them held out")
+    parser.add_argument("--held-blocks", type=int, default=16, help="of each domain, to judge on")
+    parser.add_argument("--block-tokens", type=int, default=256)
+    parser.add_argument("--end-to-end", metavar="METHOD", help="compare the two ways by the plan of this method")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="options of distill")
+    parser.add_argument("--state", type=Path, default=Path(".moeprune/distillation"))
+    parser.add_argument("--name", default="", help="of the results; by default the model's")
+    options = parser.parse_args()
+    quieten()
+    domains = [Domain.parse(text) for text in options.domain] or BUILTIN
+    bench = Bench(options, domains)
+    original = bench.loss(options.model)
+    settings = [part for one in options.set for part in (f"--{one.partition('=')[0]}", one.partition("=")[2])]
+    raws = [compare(bench, Row.parse(method), original, settings) for method in options.method or _METHODS]
+    notes = (
+        f"{options.ratio:.0%} removed; calibrated on {options.calibration_blocks} blocks of {options.block_tokens} "
+        f"tokens, distilled on {options.blocks} ({bench.tokens:,} tokens trained on, the rest held out), judged on "
+        f"{options.held_blocks} blocks of each domain. The original's loss is {original:.3f}; the columns say how far "
+        "above it the loss is, mean over the domains, nats per token. Seconds and memory are of the whole command."
+    )
+    raw: dict[str, Any] = {"methods": raws}
+    if options.end_to_end:
+        told, raw["rates"] = rates(bench, Row.parse(options.end_to_end))
+        notes += f"\n\n{told}"
+    name = options.name or Path(options.model.removeprefix("builtin://")).name
+    title, rows = f"What distillation wins back on {name}", [_row(one) for one in raws]
+    publish(f"distillation-{name}", title, rows, raw, notes, script="distillation")
+
+
+if __name__ == "__main__":  # the processes that measure read this file, too, and need nothing of it
+    main()
