@@ -55,6 +55,8 @@ class TestTheManifest:
     def test_it_is_what_the_schema_knows(self, of: Nodes, run: str) -> None:
         job = manifest(of, run=run, owner={"apiVersion": "v1", "kind": "Workflow", "name": "w", "uid": "u"})
         strictly(models.TrainerV1alpha1TrainJob, job)
+        limits = job["spec"]["trainer"]["resourcesPerNode"]["limits"]
+        assert limits.get(of.gpu_resource, "0") == str(of.gpus)
         names = [variable["name"] for variable in job["spec"]["trainer"]["env"]]
         assert len(set(names)) == len(names)  # a list with the name as its key, of which torch's are Trainer's own
         assert not [name for name in names if name.startswith("PET_")]
@@ -330,8 +332,15 @@ class TestFollowing:
     def test_one_that_is_on_its_way_out_makes_room(self, api: KubernetesApi, completes: Callable[[str], None]) -> None:
         api.answer("POST", kubernetes_api._JOBS, {"fieldValidation": ["Strict"]}, self.job())
         api.jobs[NAME]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-        Story(api, lambda name: None, completes)
-        assert run()[-1] == f"{NAME}: complete"
+
+        def goes(name: str) -> None:
+            if "deletionTimestamp" in api.jobs[name]["metadata"]:
+                del api.jobs[name]
+
+        Story(api, lambda name: None, goes, completes)
+        said = run()
+        assert said[0] == f"the TrainJob {NAMESPACE}/{NAME} is being deleted"
+        assert said[-1] == f"{NAME}: complete"
 
     @staticmethod
     def job() -> dict[str, Any]:
@@ -433,8 +442,15 @@ class TestFailures:
 
         Story(api, stuck)
         with pytest.raises(ServiceError, match="cannot start: pod-0: ImagePullBackOff no such tag"):
-            run(seconds_for_obstacles=0.05)
+            run(seconds_for_obstacles=0.5)
         assert not api.jobs
+
+    def test_only_obstacles_are_lost_patience_with(
+        self, api: KubernetesApi, runs: Callable[[str], None], completes: Callable[[str], None]
+    ) -> None:
+        quiet = [lambda name: None] * 2
+        Story(api, *quiet, runs, *quiet, completes)
+        assert run(seconds_for_obstacles=0)[-1] == f"{NAME}: complete"
 
     def test_a_job_that_somebody_deletes(self, api: KubernetesApi, runs: Callable[[str], None]) -> None:
         Story(api, runs, lambda name: api.jobs.clear())

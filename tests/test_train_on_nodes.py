@@ -13,19 +13,22 @@ from typing import Any
 import kubernetes_api
 import pytest
 import tiny
+import torch
 from kubernetes_api import KubernetesApi
-from masking import draws
+from masking import draws, plain_logits
 
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.surgery import apply
 from moeprune.distillation.end_to_end.job import Job, Text, Training
-from moeprune.distillation.end_to_end.keeping import Keeping
 from moeprune.distillation.end_to_end.on_nodes import train_on_nodes
 from moeprune.distillation.end_to_end.processes import failure_file
 from moeprune.distillation.end_to_end.telling import Event, EventFile
 from moeprune.distillation.end_to_end.training import Outcome
 from moeprune.errors import InputError, ServiceError
+from moeprune.steps.distill_end_to_end import distill_end_to_end
 from moeprune.train_job import DEFAULT_RUNTIME, Cluster, Nodes
+
+NODES = 1  # it takes as long to start one as all else together; more find each other by the same variables
 
 
 class Kubelet:
@@ -105,7 +108,7 @@ def kubelet_of(api: KubernetesApi, logs: Path) -> Iterator[Kubelet]:
 @pytest.fixture
 def nodes(tmp_path: Path) -> Nodes:
     (tmp_path / "volume").mkdir()
-    return Nodes.of(count=2, volume="work", image="image", volume_path=str(tmp_path / "volume"))
+    return Nodes.of(count=NODES, volume="work", image="image", volume_path=str(tmp_path / "volume"))
 
 
 @pytest.fixture
@@ -125,7 +128,7 @@ def job(tmp_path: Path, checkpoint_of: Callable[[str], Path], nodes: Nodes) -> J
         objective="logits=1",
         parts=["experts", "router"],
         training=Training.of(batch_blocks=4, evaluations=2),
-        processes=2,
+        processes=NODES,
     )
     job.save(Text(tiny.token_ids(5, blocks=8), tiny.token_ids(6, blocks=2)))
     return job
@@ -142,19 +145,33 @@ def train(job: Job, nodes: Nodes, **how: Any) -> tuple[Outcome, list[Event]]:
 
 class TestTrainOnNodes:
     def test_the_nodes_find_each_other_and_train(
-        self, api: KubernetesApi, job: Job, nodes: Nodes, tmp_path: Path
+        self, api: KubernetesApi, job: Job, nodes: Nodes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        """The whole step, from checkpoint to checkpoint; the teacher is brought to the volume for them."""
+        out = tmp_path / "distilled"
+        data = tiny.write_jsonl(tmp_path / "text.jsonl", tiny.sentences(4, 60))
         with kubelet_of(api, tmp_path / "logs") as kubelet:
-            outcome, events = train(job, nodes)
-            assert len(kubelet.pods) == 2
-        assert outcome == Outcome.of(job.directory)
-        assert outcome.curve.keys() == {1, 2}
+            outcome = distill_end_to_end(
+                str(job.teacher),
+                str(job.student),
+                str(job.plan),
+                str(data),
+                str(out),
+                nodes=nodes,
+                block_tokens=16,
+                max_blocks=10,
+                batch_blocks=4,
+                evaluations=2,
+                learning_rate=1e-3,
+            )
+            assert len(kubelet.pods) == NODES
         assert outcome.better
-        assert Keeping(job.directory / "states").best()
-        assert [(event.done, event.total) for event in events if event.total] == [(1, 2), (2, 2)]
+        assert outcome.curve.keys() == {1, 2}
         assert not api.jobs
-        assert (job.directory / "models" / "teacher" / "config.json").is_file()
-        assert not (job.directory / "models" / "student").exists()
+        assert "distill: 2/2" in capsys.readouterr().err
+        before, after = (Checkpoint(directory).load() for directory in (job.student, out))
+        assert not torch.equal(plain_logits(before, tiny.token_ids(7)), plain_logits(after, tiny.token_ids(7)))
+        assert not [path for path in Path(nodes.volume_path).rglob("models") if path.is_dir()]  # nothing stays behind
 
     def test_an_error_that_the_user_can_mend(self, api: KubernetesApi, job: Job, nodes: Nodes) -> None:
         def fails(it: dict[str, Any]) -> None:
@@ -198,3 +215,35 @@ class TestTrainOnNodes:
     def test_work_that_the_nodes_cannot_reach(self, job: Job, nodes: Nodes, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"cannot reach .*elsewhere; .*volume work"):
             train_on_nodes(job.model_copy(update={"directory": tmp_path / "elsewhere"}), lambda event: None, nodes)
+
+    def test_a_volume_that_is_not_mounted_here(self, job: Job, nodes: Nodes, tmp_path: Path) -> None:
+        absent = nodes.model_copy(update={"volume_path": str(tmp_path / "absent")})
+        with pytest.raises(InputError, match=r"volume work is not here.*absent"):
+            distill_end_to_end("T", "S", "P", "D", str(tmp_path / "out"), nodes=absent)
+        with pytest.raises(InputError, match="for one machine"):
+            distill_end_to_end("T", "S", "P", "D", str(tmp_path / "out"), nodes=nodes, processes=2)
+
+    def test_a_teacher_elsewhere_is_copied_once(self, api: KubernetesApi, job: Job, nodes: Nodes) -> None:
+        copy = job.directory / "models" / "teacher" / "config.json"
+        times = []
+
+        def ends(it: dict[str, Any]) -> None:
+            times.append(copy.stat().st_mtime_ns)
+            assert Job.load(job.directory).teacher == copy.parent
+            assert Job.load(job.directory).student == job.student  # on the volume already
+            api.set_status(it["metadata"]["name"], "Complete")
+
+        api.on_look = ends
+        for _ in range(2):
+            with pytest.raises(ServiceError):
+                train(job, nodes)
+        assert len(times) == 2
+        assert times[0] == times[1]
+
+    def test_nothing_is_copied_for_a_cluster_that_cannot_train(
+        self, api: KubernetesApi, job: Job, nodes: Nodes
+    ) -> None:
+        api.runtimes["clustertrainingruntimes"].clear()
+        with pytest.raises(InputError, match="no TrainingRuntime"):
+            train(job, nodes)
+        assert not (job.directory / "models").exists()

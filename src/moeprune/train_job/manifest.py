@@ -29,7 +29,7 @@ def job_name(*what: Any) -> str:
     Args:
         what: all that makes a job another, as JSON takes it.
     """
-    return f"moeprune-distill-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}"
+    return f"moeprune-distill-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}"
 
 
 def train_job(
