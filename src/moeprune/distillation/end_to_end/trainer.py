@@ -158,10 +158,10 @@ class DistillationTrainer(Trainer):
         metrics |= {f"eval_{name}": value.item() for name, value in errors.items() if name != "anchor"}
         if not math.isfinite(metrics[HELD_OUT]):
             raise DivergedError
-        if self.state.global_step == 0:
-            self.state.best_metric = metrics[HELD_OUT]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.state.global_step == 0:  # what is to be bettered; no evaluation in vain, as a callback would count it
+            self.state.best_metric = metrics[HELD_OUT]
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
