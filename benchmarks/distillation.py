@@ -66,9 +66,7 @@ class Bench:
         cut, recovered = self._of(row, "cut"), self._of(row, "recovered")
         self._once(stats, "calibrate", "--model", model, *text, "--for", row.method)
         settings = [part for name, value in row.options.items() for part in ("--set", f"{name}={json.dumps(value)}")]
-        amount = (
-            ("--ratio", self._options.ratio) if row.options.get("pattern", "unstructured") == "unstructured" else ()
-        )
+        amount = () if row.options.get("pattern", UNSTRUCTURED) != UNSTRUCTURED else ("--ratio", self._options.ratio)
         tried = ("--data", self._train, "--model", model) if find(row.method).tries else ()
         self._once(plan, "plan", "make", "--method", row.method, *amount, "--stats", stats, *settings, *tried)
         self._once(cut, "apply", "--model", model, "--plan", plan, "--stats", stats)
