@@ -125,7 +125,8 @@ class _Layers:
         self._expect_next()
         if self._limit is not None:
             return_freed_memory()
-        self._tell(self._steps)
+        if len(outcome.curve) < self._steps:
+            self._tell(self._steps)
         self._done += self._steps
         tokens = outcome.seen * self._job.text.ids_BS.shape[1]
         self._on_layer(Trained(made, tokens, time.monotonic() - started))

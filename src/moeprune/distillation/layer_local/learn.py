@@ -1,9 +1,13 @@
-"""One block trained: AdamW on sequences in random order, the rate falling as a cosine, judged on sequences held out."""
+"""One block trained: AdamW on sequences in random order, the rate falling as a cosine, judged on sequences held out.
+
+A rate that is too high for a layer shows at once: the block is worse than it was before it was trained. It is then put
+back to the best that it has been, and goes on from there at half the rate.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +20,8 @@ from moeprune.distillation.zeros import Zeros
 from moeprune.errors import InputError
 
 _WARM_UP = 0.05  # of the steps
-_PATIENCE = 2  # times in a row that it may have got no better
+_LOOKS = 8  # times that it is seen how far it has got
+_PATIENCE = 3  # times in a row that it may have got no better
 _NOTHING_LOST = 1e-9
 
 
@@ -61,30 +66,45 @@ def learn(
         before = lesson.mean_error(held_out)
         if before < _NOTHING_LOST:
             return Outcome(before, before, [])
-        best, least = _copy(parameters), before
+        sample = train[: len(held_out)]
+        sample_before, only_by_heart = lesson.mean_error(sample), False
+        best, least, since_best = _copy(parameters), before, 0
         curve: list[float] = []
-        diverged, since_best, seen = False, 0, 0
+        seen, diverged = 0, False
         steps = _Steps(parameters, steps_of(settings, len(train)), settings.learning_rate, keep_zeros)
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(settings.epochs):
-            order = train[torch.randperm(len(train), generator=generator)]
-            for rows in order.split(settings.batch_blocks):
-                curve.append(steps.take(lesson.error(rows)))
-                seen += len(rows)
-                on_step(len(curve))
-                if diverged := not math.isfinite(curve[-1]):
-                    break
-            error = math.inf if diverged else lesson.mean_error(held_out)
+        for rows in _batches(train, settings, seed):
+            curve.append(steps.take(lesson.error(rows)))
+            seen += len(rows)
+            on_step(len(curve))
+            if not math.isfinite(curve[-1]):
+                diverged = True
+                break
+            if not steps.is_time_to_look:
+                continue
+            error = lesson.mean_error(held_out)
+            if not math.isfinite(error):
+                diverged = True
+                break
             since_best += 1
             if error < least:
                 best, least, since_best = _copy(parameters), error, 0
-            if diverged or since_best == _PATIENCE:
+            elif error >= before:
+                only_by_heart = lesson.mean_error(sample) < sample_before
+                _put_back(parameters, best)
+                steps.begin_again_slower()
+                since_best = 0
+            if since_best == _PATIENCE:
                 break
-    with torch.no_grad():
-        for parameter, value in zip(parameters, best, strict=True):
-            parameter.copy_(value)
-    reason = "" if least < before else _reason(curve, settings, diverged)
+    _put_back(parameters, best)
+    reason = "" if least < before else _reason(len(curve), settings, diverged, only_by_heart)
     return Outcome(before, least, [error for error in curve if math.isfinite(error)], seen, reason)
+
+
+def _batches(train: torch.Tensor, settings: Settings, seed: int) -> Iterator[torch.Tensor]:
+    """Numbers of sequences, each once in an epoch, in another order each time."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(settings.epochs):
+        yield from train[torch.randperm(len(train), generator=generator)].split(settings.batch_blocks)
 
 
 def steps_of(settings: Settings, sequences: int) -> int:
@@ -101,14 +121,20 @@ def rate_at(step: int, steps: int) -> float:
 
 
 class _Steps:
-    """The optimizer's."""
+    """The optimizer's.
+
+    Attributes:
+        is_time_to_look: whether the last was one after which to see how far it has got.
+    """
 
     def __init__(
         self, parameters: list[torch.nn.Parameter], steps: int, learning_rate: float, keep_zeros: bool
     ) -> None:
         groups = rates.groups(parameters, learning_rate)
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
-        self._schedule = LambdaLR(self._optimizer, lambda step: rate_at(step, steps))
+        self._pace = 1.0
+        self._schedule = LambdaLR(self._optimizer, lambda step: self._pace * rate_at(step, steps))
+        self._looks = {-(-look * steps // _LOOKS) for look in range(1, _LOOKS + 1)}
         if keep_zeros:
             Zeros(parameters).keep(self._optimizer)
 
@@ -124,24 +150,33 @@ class _Steps:
             self._schedule.step()
         return value
 
+    @property
+    def is_time_to_look(self) -> bool:
+        return self._schedule.last_epoch in self._looks
+
+    def begin_again_slower(self) -> None:
+        """At half the rate, and without the momentum that has led astray."""
+        self._pace /= 2
+        self._optimizer.state.clear()
+
+
+@torch.no_grad()
+def _put_back(parameters: list[torch.nn.Parameter], values: list[torch.Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
 
 def _copy(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in parameters]
 
 
-def _reason(curve: list[float], settings: Settings, diverged: bool) -> str:
+def _reason(steps: int, settings: Settings, diverged: bool, only_by_heart: bool) -> str:
+    rate = f"the learning rate, {settings.learning_rate:g}, is too high; halve it"
     if diverged:
+        return f"training diverged at step {steps}: {rate}"
+    if only_by_heart:
         return (
-            f"training diverged at step {len(curve)}: the learning rate, {settings.learning_rate:g}, is too high; "
-            "halve it"
+            "it got better only on the text that it was trained on: there is too little text for so many parameters; "
+            "give more text, or train fewer of them"
         )
-    tenth = max(1, len(curve) // 10)
-    if sum(curve[-tenth:]) >= sum(curve[:tenth]):
-        return (
-            f"it did not get better on the text that it was trained on either: the learning rate, "
-            f"{settings.learning_rate:g}, is too high; halve it"
-        )
-    return (
-        "it got better only on the text that it was trained on: there is too little text for so many parameters; give "
-        "more text, or train fewer of them"
-    )
+    return f"it got worse on the text that it was trained on, too: {rate}"
