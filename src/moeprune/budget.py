@@ -97,12 +97,13 @@ def plan_for(
         raise InputError("how much a parameter or a byte is, the model says: give it, `--model M`")
     if stats.model != source.fingerprint:
         raise InputError(f"the Stats were not made from {source.files.address}; give the model that was calibrated")
-    return _plan_within(budget, decide, method, stats.layers, source)
+    return plan_within(budget, decide, method, stats.layers, source)
 
 
-def _plan_within(
+def plan_within(
     budget: Budget, decide: Callable[[float], Plan], method: str, layers: Mapping[str, LayerStats], source: Checkpoint
 ) -> Plan:
+    """The same from the layers' numbers of experts alone, for whatever `decide` makes of a ratio."""
     check_reachable(budget, layers, source)
     total = sum(layer.experts for layer in layers.values())
     most = total - sum(map(_least, layers.values()))

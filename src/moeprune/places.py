@@ -27,6 +27,13 @@ def is_remote(address: str) -> bool:
     return address.startswith("s3://")
 
 
+def is_on_hub(address: str) -> bool:
+    """Whether a model's address is a hub id: of its form, and nothing here is called so."""
+    if "://" in address or Path(address).exists():
+        return False
+    return not address.startswith((".", "/", "~")) and address.count("/") == 1
+
+
 @contextmanager
 def local_model(address: str) -> Iterator[Path]:
     """The directory of a model, brought here if it lies elsewhere.
@@ -44,12 +51,12 @@ def local_model(address: str) -> Iterator[Path]:
             yield s3.download(address, Path(scratch) / PurePosixPath(address).name)
     elif Path(address).is_dir():
         yield Path(address)
-    elif Path(address).exists() or address.startswith((".", "/", "~")) or address.count("/") != 1:
+    elif is_on_hub(address):
+        yield _hub_snapshot(address)
+    else:
         raise InputError(
             f"the model {address} is not a directory, an s3:// address, {REFERENCE_MODEL} or a hub id (owner/name)"
         )
-    else:
-        yield _hub_snapshot(address)
 
 
 @contextmanager

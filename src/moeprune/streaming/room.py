@@ -15,9 +15,9 @@ import torch
 from moeprune.errors import InputError
 
 _EXPONENT = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-_CONVERSION = 2.0  # bytes at once per byte brought in: while tensors are fused, the stored ones are there, too
+CONVERSION = 2.0  # bytes at once per byte brought in: while tensors are fused, the stored ones are there, too
 _SHARE_OF_EXPERTS = 0.75  # of what is left for them and for activations
-_SLACK = 96 << 20  # what Python and the libraries still take on the way
+SLACK = 96 << 20  # what Python and the libraries still take on the way
 _MMAP_THRESHOLD = -3  # of mallopt: larger blocks are mapped one by one, and given back when they are freed
 
 
@@ -59,6 +59,17 @@ class Room:
 UNLIMITED = Room(sys.maxsize, sys.maxsize)
 
 
+def bytes_of_pass(tokens: int, *, hidden: int, width: int, top_k: int, item: int) -> int:
+    """What the forward pass of so many tokens takes in a layer: a dozen hidden states, and what experts need.
+
+    Args:
+        hidden, width: sizes of the hidden state and of an expert.
+        top_k: experts that run for a token.
+        item: bytes of a number.
+    """
+    return tokens * (12 * hidden + top_k * (3 * width + 2 * hidden)) * item
+
+
 def share_out(limit: int, *, largest_part: int, fewest_experts: int, all_experts: int, one_pass: int) -> Room:
     """Share a limit out.
 
@@ -71,8 +82,8 @@ def share_out(limit: int, *, largest_part: int, fewest_experts: int, all_experts
     Raises:
         InputError: the limit is too small to do anything at all; says how much is needed.
     """
-    used = memory_in_use() + _SLACK
-    part, least = int(_CONVERSION * largest_part), int(_CONVERSION * fewest_experts)
+    used = memory_in_use() + SLACK
+    part, least = int(CONVERSION * largest_part), int(CONVERSION * fewest_experts)
     rest = limit - used - one_pass - part
     if rest < least:
         raise InputError(
@@ -80,8 +91,8 @@ def share_out(limit: int, *, largest_part: int, fewest_experts: int, all_experts
             f"largest part of the model takes {_mib(part)} while it is brought in, a few experts {_mib(least)} and one "
             f"sequence {_mib(one_pass)}; at least {_mib(limit - rest + least)} would do"
         )
-    experts = max(fewest_experts, min(all_experts, int(rest * _SHARE_OF_EXPERTS / _CONVERSION)))
-    return Room(experts, rest - int(_CONVERSION * experts))
+    experts = max(fewest_experts, min(all_experts, int(rest * _SHARE_OF_EXPERTS / CONVERSION)))
+    return Room(experts, rest - int(CONVERSION * experts))
 
 
 def return_freed_memory() -> None:

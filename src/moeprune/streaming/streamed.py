@@ -29,10 +29,10 @@ from moeprune.statistics.passes import Batch, Watch
 from moeprune.streaming.holding import Held, Noting, NotInMemoryError
 from moeprune.streaming.lanes import Lane, stop_at
 from moeprune.streaming.paging import PagedModel
-from moeprune.streaming.room import UNLIMITED, Room, return_freed_memory, share_out
+from moeprune.streaming.room import UNLIMITED, Room, bytes_of_pass, return_freed_memory, share_out
 
-_FEWEST_EXPERTS = 3  # at once: in some families a model of one expert is not a Mixture-of-Experts
-_USUAL_TOP_K = 8
+FEWEST_EXPERTS = 3  # at once: in some families a model of one expert is not a Mixture-of-Experts
+USUAL_TOP_K = 8
 _SHARE_OF_A_PASS = 1 / 6  # of the limit
 
 
@@ -213,19 +213,18 @@ class StreamedPass:
         return rows, share_out(
             self._limit,
             largest_part=max(map(paged.bytes_of, paged.parts)),
-            fewest_experts=_FEWEST_EXPERTS * max(map(paged.bytes_per_expert, paged.layers)),
+            fewest_experts=FEWEST_EXPERTS * max(map(paged.bytes_per_expert, paged.layers)),
             all_experts=max(paged.bytes_per_expert(layer) * paged.experts_of(layer) for layer in paged.layers),
             one_pass=self._bytes_of_pass(rows * longest),
         )
 
     def _bytes_of_pass(self, tokens: int) -> int:
-        """What the forward pass of so many tokens takes in a layer: a dozen hidden states, and what experts need."""
         model = self._paged.model
         hidden = model.get_input_embeddings().weight.shape[-1]
         item = torch.finfo(self._paged.dtype).bits // 8
         width = max(map(self._paged.bytes_per_expert, self.layers)) // (3 * hidden * item)
-        top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or _USUAL_TOP_K
-        return tokens * (12 * hidden + top_k * (3 * width + 2 * hidden)) * item
+        top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or USUAL_TOP_K
+        return bytes_of_pass(tokens, hidden=hidden, width=width, top_k=top_k, item=item)
 
     @contextmanager
     def _doors(self, watched: Sequence[str]) -> Iterator[None]:
@@ -350,7 +349,7 @@ class StreamedPass:
     ) -> Iterator[tuple[_Passing, torch.Tensor]]:
         """Yield each pass with its experts' output."""
         everyone = range(self._paged.experts_of(layer))
-        at_once = max(_FEWEST_EXPERTS, room.experts // self._paged.bytes_per_expert(layer))
+        at_once = max(FEWEST_EXPERTS, room.experts // self._paged.bytes_per_expert(layer))
         if at_once >= len(everyone):
             with self._paged.experts(layer, everyone) as module:
                 for one in here:
