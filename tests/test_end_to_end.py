@@ -435,7 +435,7 @@ def test_divergence_later_leaves_the_best_state(pair: Pair, tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("objective", "parts", "settings"),
-    [("experts=1,text=1", "all", {"accumulation": 2}), ("logits=1", "lora,router", {})],
+    [("experts=1,text=1", "all", {"accumulation": 2}), ("logits=1", "lora,router", {"learning_rate": 1e-4})],
     ids=["all", "lora"],
 )
 def test_zeros_of_a_sparse_plan_stay(
