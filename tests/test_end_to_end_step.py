@@ -29,7 +29,7 @@ def pair(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 @pytest.fixture
-def addresses(pair: Pair, corpus: Path, tmp_path: Path) -> dict[str, str]:
+def addresses(pair: Pair, corpus: Path, tmp_path: Path) -> dict[str, Any]:
     return {
         "teacher": str(pair.teacher.directory),
         "student": str(pair.student.directory),
@@ -65,7 +65,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Noted:
     return run
 
 
-def test_the_step_tells_of_its_curves(addresses: dict[str, str], noted: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_step_tells_of_its_curves(addresses: dict[str, Any], noted: Any, capfd: pytest.CaptureFixture[str]) -> None:
     made = distill_end_to_end(**addresses, block_tokens=tiny.BLOCK_TOKENS, objective="logits=1,block=0.1", **OPTIONS)
     assert made.better
     assert noted.told["training_loss"] == pytest.approx(made.curve)
@@ -85,7 +85,7 @@ def test_the_step_tells_of_its_curves(addresses: dict[str, str], noted: Any, cap
     assert out.experts_per_layer == Checkpoint(Path(addresses["student"])).experts_per_layer
 
 
-def test_the_command(addresses: dict[str, str], run_cli: Callable[..., tuple[int, str, str]]) -> None:
+def test_the_command(addresses: dict[str, Any], run_cli: Callable[..., tuple[int, str, str]]) -> None:
     given = [part for name, value in addresses.items() for part in (f"--{name}", value)]
     given += ["--how", "end-to-end", "--train", "lora", "--block-tokens", "24", "--batch-blocks", "4"]
     code, out, err = run_cli("distill", *given, "--learning-rate", "0.003", "--lora-rank", "4")
@@ -106,7 +106,7 @@ def test_the_command(addresses: dict[str, str], run_cli: Callable[..., tuple[int
     ],
 )
 def test_the_command_refuses_what_does_not_go_together(
-    given: list[str], complaint: str, addresses: dict[str, str], run_cli: Callable[..., tuple[int, str, str]]
+    given: list[str], complaint: str, addresses: dict[str, Any], run_cli: Callable[..., tuple[int, str, str]]
 ) -> None:
     code, _, err = run_cli(
         "distill", *[part for key, value in addresses.items() for part in (f"--{key}", value)], *given
@@ -116,7 +116,7 @@ def test_the_command_refuses_what_does_not_go_together(
     assert not Path(addresses["out"]).exists()
 
 
-def test_the_component(addresses: dict[str, str]) -> None:
+def test_the_component(addresses: dict[str, Any]) -> None:
     student = SimpleNamespace(path=addresses["student"], metadata={"method": "by hand"})
     made = SimpleNamespace(path=addresses["out"], metadata={})
     component.python_func(
@@ -138,7 +138,7 @@ def test_the_component(addresses: dict[str, str]) -> None:
         )
 
 
-def test_a_note_says_why_the_pruned_model_is_kept(addresses: dict[str, str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_note_says_why_the_pruned_model_is_kept(addresses: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     made = distill_end_to_end(
         **addresses, block_tokens=tiny.BLOCK_TOKENS, **{**OPTIONS, "learning_rate": 1.0, "patience": 1}
     )
