@@ -1,4 +1,4 @@
-"""The pipeline on this machine: the same object that a cluster gets, run by `kfp.local`, a process per step."""
+"""The pipeline on this machine: the same object that a cluster gets, run by `kfp.local` in processes or containers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from threading import Event, Lock
@@ -20,6 +20,7 @@ from kfp.local import subprocess_task_handler
 from moeprune.errors import MoepruneError
 from moeprune.services.signals import announced
 
+from .containers import Containers
 from .processes import follow
 from .prune import prune
 
@@ -52,7 +53,13 @@ class Watcher(Protocol):
 
 
 def run_locally(
-    arguments: dict[str, Any], *, outputs: Path, cache: Path, log: TextIO, watcher: Watcher
+    arguments: dict[str, Any],
+    *,
+    outputs: Path,
+    cache: Path,
+    log: TextIO,
+    watcher: Watcher,
+    containers: Containers | None = None,
 ) -> dict[str, Any]:
     """Run the pipeline; returns its outputs by name.
 
@@ -61,17 +68,25 @@ def run_locally(
         outputs: directory for what the steps put out; each run makes one of its own in it.
         cache: directory that remembers which outputs can be used again.
         log: gets everything that the steps and `kfp.local` say.
+        containers: None: the steps are processes of this machine's Python.
 
     Raises:
+        InputError: there is no engine for containers, or no such image.
         StepError: with the error of the step, for the user.
     """
     with tempfile.TemporaryDirectory(prefix="moeprune-") as scratch:
+        workspace = Path(scratch) / "workspace"
         steps = _Steps(watcher, log, scratch)
-        with _kfp_runs_through(steps):
+        if containers:
+            runner = containers.runner(outputs, workspace, scratch=Path(scratch))
+            started = containers.started_by_kfp(steps.run, steps.stopping)
+        else:
+            runner, started = local.SubprocessRunner(use_venv=False), _kfp_starts_processes(steps)
+        with _kfp_tells(steps), started:
             local.init(
-                local.SubprocessRunner(use_venv=False),
-                pipeline_root=str(outputs),
-                workspace_root=str(Path(scratch) / "workspace"),
+                runner,
+                pipeline_root=str(outputs.absolute()),
+                workspace_root=str(workspace),
                 enable_caching=True,
                 cache_root=str(cache),
             )
@@ -84,7 +99,7 @@ def run_locally(
 
 
 class _Steps:
-    """Stands where `kfp.local` starts a step's process, and where it logs."""
+    """Stands where `kfp.local` starts a step, and where it logs."""
 
     def __init__(self, watcher: Watcher, log: TextIO, scratch: str) -> None:
         self.failure: StepError | None = None
@@ -95,18 +110,22 @@ class _Steps:
         # kfp leaves the step's source text in the temporary directory; this one goes when the run does.
         self._environment = {"TMPDIR": scratch}
 
-    def run(self, full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
-        """In place of `run_local_subprocess`: the command of a step, to its exit code.
+    def run_process(self, full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
+        """In place of `run_local_subprocess`: the command of a step, to its exit code."""
+        environment = os.environ | self._environment | (env_vars or {})
+        return self.run(full_command, lambda hear: follow(full_command, environment, hear, self.stopping))
+
+    def run(self, command: list[str], carry_out: Callable[[Callable[[str], None]], int]) -> int:
+        """The command of a step, carried out by a function that tells each line it puts out, to its exit code.
 
         kfp runs the shards of a loop in threads. Here they take turns: they would share the same cores and memory.
         """
         with self._one_at_a_time:
             if self.failure or self.stopping.is_set():
                 return _NOT_STARTED
-            return self._run(full_command, env_vars or {})
+            return self._run(command[command.index("--function_to_execute") + 1].replace("_", "-"), carry_out)
 
-    def _run(self, full_command: list[str], env_vars: dict[str, str]) -> int:
-        step = full_command[full_command.index("--function_to_execute") + 1].replace("_", "-")
+    def _run(self, step: str, carry_out: Callable[[Callable[[str], None]], int]) -> int:
         self._watcher.started(step)
         self._log.write(f"==== {step}\n")
         said: list[str] = []
@@ -120,7 +139,7 @@ class _Steps:
             elif _NOTE.fullmatch(line):
                 self._watcher.noted(step, line)
 
-        code = follow(full_command, os.environ | self._environment | env_vars, hear, self.stopping)
+        code = carry_out(hear)
         if code == 0:
             self._watcher.finished(step)
         else:
@@ -147,20 +166,29 @@ def _reason(said: list[str], code: int) -> str:
 
 
 @contextmanager
-def _kfp_runs_through(steps: _Steps) -> Iterator[None]:
-    """Take over from `kfp.local` how it starts a process, and what it prints, logs and warns of."""
+def _kfp_starts_processes(steps: _Steps) -> Iterator[None]:
+    """Take over from `kfp.local` how it starts a process."""
+    original = subprocess_task_handler.run_local_subprocess
+    subprocess_task_handler.run_local_subprocess = steps.run_process
+    try:
+        yield
+    finally:
+        subprocess_task_handler.run_local_subprocess = original
+
+
+@contextmanager
+def _kfp_tells(steps: _Steps) -> Iterator[None]:
+    """Take over from `kfp.local` what it prints, logs and warns of."""
     root, silent = logging.getLogger(), logging.NullHandler()
-    level, original = root.level, subprocess_task_handler.run_local_subprocess
+    level = root.level
     root.addHandler(silent)  # without any, the first message would add one for standard error
     root.addFilter(steps)
     root.setLevel(logging.INFO)
-    subprocess_task_handler.run_local_subprocess = steps.run
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), announced(steps.stopping):
-            warnings.simplefilter("ignore")  # that the image may not be Python's: no image is used
+            warnings.simplefilter("ignore")  # that the image may not be Python's: it is not used, or is ours
             yield
     finally:
-        subprocess_task_handler.run_local_subprocess = original
         root.setLevel(level)
         root.removeFilter(steps)
         root.removeHandler(silent)

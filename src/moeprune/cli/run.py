@@ -7,8 +7,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,9 +46,17 @@ from moeprune.evaluation.table import show
 from moeprune.methods import BASELINES, DEFAULT
 from moeprune.places import REFERENCE_MODEL
 from moeprune.services import MLFLOW_PORT, S3_PORT, Services, running, session
-from moeprune.sources import with_addresses
+from moeprune.sources import parse_sources, with_addresses
+
+if TYPE_CHECKING:
+    from moeprune.pipelines.containers import Containers
 
 RATIO = 0.5  # where nothing is said of how much goes
+
+
+class Runner(StrEnum):
+    PROCESS = "process"
+    DOCKER = "docker"
 
 
 @app.command()
@@ -117,6 +126,10 @@ def run(
         ),
     ] = 0.25,
     trust_remote_code: TrustOption = False,
+    runner: Annotated[Runner, typer.Option(help="what a step is: a process of this Python, or a container")] = (
+        Runner.PROCESS
+    ),
+    image: Annotated[str, typer.Option(metavar="IMAGE", help="of the containers; empty for that of this release")] = "",
     state: StateOption = STATE,
     mlflow_port: MlflowPortOption = MLFLOW_PORT,
     s3_port: S3PortOption = S3_PORT,
@@ -167,22 +180,39 @@ def run(
         "trust_remote_code": trust_remote_code,
     }
     check_run(arguments)
+    containers = _containers(image, arguments) if runner is Runner.DOCKER else None
     asked = size or f"{parameters_ratio or arguments['ratio']:g}"
     name = f"{method}-{asked}-{time.strftime('%Y%m%d-%H%M%S')}"
     with Screen() as screen:
         screen.started("services")
         with session(services_in(state), mlflow_port, s3_port) as services, _environment(services):
             screen.finished("services", f"MLflow {services.mlflow}, S3 {services.s3}")
-            _run(name, arguments, state, screen)
+            _run(name, arguments, state, screen, containers)
         if running(services_in(state)) is None:
             again = _up_again(state, mlflow_port, s3_port)
             screen.console.print(f"The servers are stopped; to open the MLflow run, start them again: {again}")
 
 
-def _run(name: str, arguments: dict[str, Any], state: Path, screen: Screen) -> None:
+def _containers(image: str, arguments: dict[str, Any]) -> Containers:
+    from moeprune.components.image import IMAGE
+    from moeprune.pipelines.containers import Containers, image_id
+
+    if not os.environ.get("AWS_ACCESS_KEY_ID") and os.environ.get("AWS_PROFILE"):
+        raise InputError("containers do not see the profiles of ~/.aws: give the key itself, as AWS_ACCESS_KEY_ID, ...")
+    texts = [
+        source.address for text in (arguments["data"], *arguments["evaluation_data"]) for source in parse_sources(text)
+    ]
+    here = [Path(address) for address in (arguments["model"], *texts) if Path(address).exists()]
+    return Containers(image_id(image or IMAGE), tuple(here))
+
+
+def _run(name: str, arguments: dict[str, Any], state: Path, screen: Screen, containers: Containers | None) -> None:
     from moeprune.pipelines.freshness import state_of
     from moeprune.pipelines.local_run import StepError, run_locally
 
+    made_by = state_of(arguments["model"], arguments["data"])
+    if containers:
+        made_by += f"-{containers.image.removeprefix('sha256:')}"
     log_path = state / "logs" / f"{name}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("w", encoding="utf-8") as log, tracking.pipeline_run(name, arguments) as tracked:
@@ -190,9 +220,10 @@ def _run(name: str, arguments: dict[str, Any], state: Path, screen: Screen) -> N
             outputs = run_locally(
                 arguments,
                 outputs=state / "runs",
-                cache=state / "cache" / state_of(arguments["model"], arguments["data"]),
+                cache=state / "cache" / made_by,
                 log=log,
                 watcher=screen,
+                containers=containers,
             )
         except StepError as error:
             raise StepError(f"{error}\nIts whole output is in {log_path}") from None
