@@ -20,7 +20,7 @@ from moeprune.statistics.observer import ExpertsCall
 
 Index = tuple[int | slice, ...]
 _TOKENS_AT_ONCE = 2048
-_STAND_IN_SHARE = 0.1  # of what the chosen experts cost, how much every expert on a sample of the tokens may
+STAND_IN_SHARE = 0.1  # of what the chosen experts cost, how much every expert on a sample of the tokens may
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _stand_in(seen: Seen) -> torch.Tensor:
     """Of a sample of the tokens, evenly from each sequence: every expert runs on it, which is what this costs."""
     call = seen.call
     _all_in_memory(call)
-    step = math.ceil(call.layer_experts / (_STAND_IN_SHARE * call.index_TK.shape[-1]))
+    step = math.ceil(call.layer_experts / (STAND_IN_SHARE * call.index_TK.shape[-1]))
     place_BS = seen.mask_BS.cumsum(1) - 1
     first_B1 = seen.mask_BS.sum(1, keepdim=True).clamp(max=step) // 2  # so that short sequences have a say, too
     sample_n = (seen.mask_BS & (place_BS % step == first_B1)).flatten().nonzero()[:, 0].to(call.x_TH.device)
