@@ -6,13 +6,19 @@ BIN    := $(VENV)/bin
 STATE  ?= .moeprune
 ARGS   ?=
 PROCESSES ?= 2
+OUT ?= pipelines/compiled
 
 MLFLOW_PORT ?= 5000
 S3_PORT     ?= 8333
 export MLFLOW_PORT S3_PORT
 
+DOCKER ?= docker
+TORCH  ?= cpu
+BASE   ?= python:3.11-slim-bookworm
+IMAGE  ?= moeprune:$(shell sed -n 's/__version__ = "\(.*\)"/\1/p' src/moeprune/__init__.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help run up down test families methods bench reap-reference bench-quality lint format compile reference-model lock clean
+.PHONY: help run up down test families methods bench reap-reference bench-quality lint format image image-base image-size image-run image-check compile reference-model lock clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,8 +66,23 @@ format: $(VENV)/ready-dev  ## put the code into the house's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-compile: $(VENV)/ready  ## write build/prune.yaml, to upload in the Kubeflow UI
-	@$(BIN)/python -m moeprune.pipelines.compile build/prune.yaml
+image:  ## build the image IMAGE of what is committed and what is not; TORCH=cu130: for NVIDIA's GPUs (docs/image.md)
+	@$(PYTHON) image/build.py --docker $(DOCKER) --tag $(IMAGE) --torch $(TORCH) --build-arg BASE=$(BASE) $(ARGS)
+
+image-base:  ## make BASE from Debian's packages alone, where no image registry can be reached (needs mmdebstrap)
+	@image/base.sh $(DOCKER) $(BASE)
+
+image-size:  ## weigh it, and write into docs/image.md what it is made of
+	@$(PYTHON) image/sizes.py --docker $(DOCKER) --image $(IMAGE) --write
+
+image-run: $(VENV)/ready  ## as `run`, its steps in containers of the image
+	@$(BIN)/moeprune run --state $(STATE) --runner docker --image $(IMAGE) $(ARGS)
+
+image-check: $(VENV)/ready-dev  ## build it, weigh it, look into it, run the pipeline in it: where there is an engine, or one can be started
+	@PYTHON=$(PYTHON) BASE=$(BASE) IMAGE=$(IMAGE) image/check.sh
+
+compile: $(VENV)/ready  ## write the pipelines to OUT (pipelines/compiled), to upload in the Kubeflow UI
+	@$(BIN)/python -m moeprune.pipelines.compile $(OUT)
 
 reference-model: $(VENV)/ready-dev  ## train the embedded model again (100 minutes on one core)
 	@OMP_NUM_THREADS=1 $(BIN)/python reference_model/train.py --out src/moeprune/builtin/model

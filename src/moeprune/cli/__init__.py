@@ -17,7 +17,15 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         # Imported here since that takes seconds, in which Ctrl-C is to be answered, too.
-        from moeprune.cli import distill, experts, methods, plan, run, services  # noqa: F401 (they add their commands)
+        from moeprune.cli import (  # noqa: F401 (they add their commands)
+            distill,
+            experts,
+            methods,
+            plan,
+            run,
+            services,
+            submit,
+        )
         from moeprune.cli.app import app
 
         app(standalone_mode=True)

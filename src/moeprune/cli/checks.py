@@ -42,6 +42,14 @@ def evaluation_texts(given: str, data: str) -> list[str]:
 
 def check_run(arguments: dict[str, Any]) -> None:
     """Check the arguments of the pipeline, and what lies at addresses on this machine. Raises InputError."""
+    check_values(arguments)
+    model = arguments["model"]
+    if not places.is_remote(model) and not _may_be_on_the_hub(model):
+        _check_model_and_texts(arguments)
+
+
+def check_values(arguments: dict[str, Any]) -> None:
+    """Check the arguments of the pipeline alone, whatever lies at the addresses. Raises InputError."""
     method = find(arguments["method"])
     budget = _budget(arguments)
     parse_options(method, arguments["method_options"])
@@ -57,9 +65,6 @@ def check_run(arguments: dict[str, Any]) -> None:
     names = [mixture_name(text) for text in arguments["evaluation_data"]]
     if len(set(names)) < len(names):
         raise InputError(f"two texts to measure on have the same name ({', '.join(names)}); rename a file")
-    model = arguments["model"]
-    if not places.is_remote(model) and not _may_be_on_the_hub(model):
-        _check_model_and_texts(arguments)
 
 
 def _budget(arguments: dict[str, Any]) -> Budget:
