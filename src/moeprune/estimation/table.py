@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moeprune.errors import InputError
 from moeprune.estimation.amounts import Basis
 from moeprune.estimation.estimate import Estimate, Number, Step
 from moeprune.estimation.units import in_bytes, in_time
 
 _MARK = {Basis.COMPUTED: "", Basis.MEASURED: " m", Basis.ASSUMED: " a"}
+ALL = "all"
 LEGEND = "m: measured; a: assumed in part, or wholly; without a mark: computed from the model's config and headers."
+
+
+def show(estimate: Estimate, explain: Sequence[str] = ()) -> list[RenderableType]:
+    """All that a user is shown.
+
+    Args:
+        explain: steps whose numbers are taken apart, or `all`.
+
+    Raises:
+        InputError: there is no such step.
+    """
+    names = [step.name for step in estimate.steps]
+    if unknown := sorted(set(explain) - {*names, ALL}):
+        raise InputError(f"there is no step {unknown[0]}; there are {', '.join(names)}, or {ALL} for all of them")
+    chosen = [step for step in estimate.steps if ALL in explain or step.name in explain]
+    return [_models(estimate), overview(estimate), _notes(estimate), *map(details, chosen)]
+
+
+def _models(estimate: Estimate) -> str:
+    lines = []
+    for name, model in (("original", estimate.original), ("pruned", estimate.pruned)):
+        lines.append(
+            f"{name:<9} {model.parameters / 1e9:,.3g} billion parameters, {model.active_parameters / 1e9:,.3g} of them "
+            f"for each token; {model.experts:,} experts; {in_bytes(model.bytes_on_disk)} on disk"
+        )
+    return "\n".join(lines)
+
+
+def _notes(estimate: Estimate) -> str:
+    told = [
+        f"In all {in_time(estimate.seconds)}, where all pods of a step run at once.",
+        f"Computing: {estimate.speed}.",
+        LEGEND,
+        *(f"Note: {warning}." for warning in estimate.warnings),
+    ]
+    return "\n".join(told)
 
 
 def overview(estimate: Estimate) -> Table:
