@@ -218,7 +218,7 @@ def test_the_best_state_is_kept_and_what_is_beyond_it_not_looked_for() -> None:
     outcome = lesson.learn(epochs=20, learning_rate=0.01)
     assert not outcome.reason
     assert outcome.after == lesson.mean_error(HELD_OUT) < 0.5 * outcome.before
-    assert lesson.mean_error(torch.arange(1)) > 2 * outcome.curve[-1]
+    assert lesson.mean_error(torch.arange(1)) > outcome.curve[-1]
     assert len(outcome.curve) < 20 * 32
 
 

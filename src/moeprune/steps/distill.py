@@ -21,7 +21,8 @@ from moeprune.distillation.layer_local.learnt import LayerLearnt
 from moeprune.distillation.layer_local.part import Part, layers_of_part, write
 from moeprune.distillation.layer_local.settings import Settings
 from moeprune.distillation.objective import DEFAULT, Objective
-from moeprune.distillation.parts import default_parts, parse_parts, trainable
+from moeprune.distillation.parts import OF_A_LAYER, default_parts, parse_parts, trainable
+from moeprune.errors import InputError
 from moeprune.plan import Plan
 from moeprune.progress import note, progress
 from moeprune.steps import machine
@@ -95,6 +96,11 @@ def distill(
     machine.quieten()
     settings = Settings(Objective.parse(objective), learning_rate, epochs, batch_blocks)
     chosen = parse_parts(train) if train else None
+    if whole := (chosen or OF_A_LAYER) - OF_A_LAYER:
+        raise InputError(
+            f"`{min(whole)}` makes sense of a whole model only; distill end to end (`--how end-to-end`), or train some "
+            f"of {', '.join(sorted(OF_A_LAYER))}"
+        )
     limit = parse_bytes(memory_limit) if memory_limit else None
     params = {
         "teacher": teacher,

@@ -144,6 +144,7 @@ class _Layers:
                 parameter.requires_grad_(True)
             outcome = learn(
                 Lesson(
+                    layer,
                     self._student.model,
                     block,
                     self._given,

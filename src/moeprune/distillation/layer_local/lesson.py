@@ -29,6 +29,7 @@ class Lesson:
 
     def __init__(
         self,
+        layer: str,
         model: PreTrainedModel,
         block: torch.nn.Module,
         given: Noted,
@@ -40,6 +41,7 @@ class Lesson:
     ) -> None:
         """
         Args:
+            layer: its name, for messages.
             model: the student, of which only the block needs to be in memory.
             block: its block, in float32.
             given: the arguments of the teacher's block, a tuple and a dict.
@@ -56,7 +58,7 @@ class Lesson:
         say = torch.cat(roots(everything, [torch.ones(len(part), dtype=torch.bool) for part in everything]))
         self._say_NS = say.view(sequences, -1)
         if not say.isfinite().all():
-            raise InputError("the original's outputs are not finite here; load it in another dtype")
+            raise InputError(f"in {layer} the original's outputs are not finite; nothing can be learnt from them")
         self._experts_errors: list[torch.Tensor] = []
 
     @contextmanager
