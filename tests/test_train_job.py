@@ -157,6 +157,46 @@ class TestTheRuntime:
         assert mounted == {volume["name"] for volume in pod["volumes"]}
 
 
+class TestThePermissions:
+    """What docs/distillation.md and the manifests grant is what is asked for, and no more."""
+
+    @staticmethod
+    def granted(rules: list[dict[str, Any]]) -> set[tuple[str, str]]:
+        return {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+
+    def test_all_of_it(
+        self,
+        api: KubernetesApi,
+        runs: Callable[[str], None],
+        completes: Callable[[str], None],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv(POD_VARIABLE, "own")
+        api.add_pod("own", phase="Running", conditions=[])
+        Story(api, runs, lambda name: None, completes)
+        run()
+        asked = set()
+        for request in api.requests:
+            method, path = request.split()
+            if "/kubeflow-system/" in path:  # the SDK's own curiosity, which it does without
+                continue
+            *_, plural, name, log = [*re.sub(rf"^.*/(namespaces/{NAMESPACE}|v1alpha1)/", "", path).split("/"), "", ""][
+                :3
+            ]
+            verb = {"POST": "create", "DELETE": "delete", "GET": "get" if name else "list"}[method]
+            asked.add((f"{plural}/{log}" if log else plural, verb))
+        page = (RUNTIME.parents[2] / "docs" / "distillation.md").read_text()
+        documented = [yaml.safe_load(block)["rules"] for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+        assert asked == {grant for rules in documented for grant in self.granted(rules)}
+        accounts = list(yaml.safe_load_all((RUNTIME.parent / "runs" / "accounts.yaml").read_text()))
+        distills = [
+            it
+            for it in accounts
+            if it["kind"].endswith("Role") and it["metadata"]["name"].startswith("moeprune-distill")
+        ]
+        assert asked == {grant for role in distills for grant in self.granted(role["rules"])}
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
