@@ -39,6 +39,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-families", action="store_true", help="write docs/families.md from tests/test_families.py")
+    parser.addoption("--image", default="", help="name of an image to look into (tests/test_image.py)")
     parser.addoption(
         "--write-methods", action="store_true", help="write the tables of docs/methods.md from the methods"
     )
