@@ -9,6 +9,9 @@ from typing import Any
 
 from kfp import kubernetes
 
+from moeprune.train_job import Nodes
+from moeprune.train_job.pod import POD_VARIABLE
+
 # A Kubernetes secret of this name, in the namespace of the run. Where it is not there, or lacks an entry, a variable is
 # not set; MLflow is then not used, unless Kubeflow itself sets it up.
 SECRET = "moeprune"
@@ -27,7 +30,20 @@ VARIABLES = (
 )
 
 
+VOLUME_PATH: str = Nodes.model_fields["volume_path"].default
+
+
 def use_services(task: Any) -> None:
     """Give a task the variables above, and `KFP_RUN_ID`, by which steps of one run find each other in MLflow."""
     kubernetes.use_secret_as_env(task, SECRET, {name: name for name in VARIABLES}, optional=True)
     kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
+
+
+def use_nodes(task: Any, volume: Any) -> None:
+    """Let a task have a TrainJob train: it shares a volume with it, and can tell whose it is.
+
+    What it starts goes on when its own pod is lost, and is found again when the task is tried again.
+    """
+    kubernetes.mount_pvc(task, pvc_name=volume, mount_path=VOLUME_PATH)
+    kubernetes.use_field_path_as_env(task, POD_VARIABLE, "metadata.name")
+    task.set_retry(num_retries=3, backoff_duration="30s", backoff_factor=2, backoff_max_duration="600s")

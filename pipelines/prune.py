@@ -7,6 +7,7 @@ from kfp import dsl
 from moeprune.components.calibrate import calibrate
 from moeprune.components.cluster import cluster
 from moeprune.components.distill import distill
+from moeprune.components.distill_on_nodes import distill_on_nodes
 from moeprune.components.evaluate import evaluate
 from moeprune.components.global_prune import global_prune
 from moeprune.components.merge_distilled import merge_distilled
@@ -16,7 +17,7 @@ from moeprune.components.promote import promote
 from moeprune.components.spread import spread
 from moeprune.methods import BASELINES, DEFAULT
 
-from .on_a_cluster import use_services
+from .on_a_cluster import VOLUME_PATH, use_nodes, use_services
 
 EVALUATION_DATA = ["builtin://code/held-out", "builtin://prose/held-out", "builtin://arithmetic/held-out"]
 HELD_AGAINST = list(BASELINES)
@@ -60,6 +61,11 @@ def prune(
     distillation_epochs: int = 4,
     distillation_shards: int = 1,
     distillation_memory_limit: str = "",
+    distillation_nodes: int = 0,
+    distillation_gpus_per_node: int = 1,
+    distillation_volume: str = "",
+    distillation_node_options: dict = NO_OPTIONS,
+    distillation_training: dict = NO_OPTIONS,
     evaluation_blocks: int = 32,
     learning_rate: float = 0.1,
     registered_model: str = "moeprune",
@@ -112,6 +118,16 @@ def prune(
             layer. The result is the same.
         distillation_memory_limit: A size such as 16GiB that distilling stays below, whatever the model's. Empty: there
             is no limit; layers are brought in one at a time all the same.
+        distillation_nodes: Nodes of the cluster that train the model as a whole, as a TrainJob of Kubeflow Trainer; 0
+            to distill layer by layer, in tasks of the pipeline. With nodes, the next four say how, and objective,
+            epochs, shards, memory limit and learning rate are not asked for.
+        distillation_gpus_per_node: GPUs of each node; 0 to train on CPUs.
+        distillation_volume: A PersistentVolumeClaim that many pods can write to (ReadWriteMany), through which the
+            nodes share models and unfinished work.
+        distillation_node_options: What else is asked of the nodes, by name, as a JSON object, for example {"memory":
+            "64Gi", "queue": "gpus"}.
+        distillation_training: Options of the training by name, as a JSON object, for example {"objective": "logits=1",
+            "learning_rate": 1e-4}.
         evaluation_blocks: Blocks of each held-out text to measure on at most.
         learning_rate: Of the distillation, its peak, as a fraction of the size of the weights.
         registered_model: Name of the model in the registry.
@@ -167,33 +183,57 @@ def prune(
         recovery_blocks=recovery_blocks,
         **texts,
     )
-    # One shard is merged, too: kfp.local does not know artifacts of which only one is made (dsl.OneOf).
-    numbered = spread(shards=distillation_shards)
-    with dsl.ParallelFor(numbered.output, name="distillation shards") as part:
-        learnt = distill(
+    with dsl.If(distillation_nodes == 0, name="distillation in tasks"):
+        # One shard is merged, too, so that what comes of this is one thing.
+        numbered = spread(shards=distillation_shards)
+        with dsl.ParallelFor(numbered.output, name="distillation shards") as part:
+            learnt = distill(
+                teacher=model,
+                student=pruned.outputs["pruned"],
+                plan=pruned.outputs["plan"],
+                data=data,
+                objective=distillation_objective,
+                train=distillation_parts,
+                max_blocks=distillation_blocks,
+                learning_rate=learning_rate,
+                epochs=distillation_epochs,
+                part=part,
+                parts=distillation_shards,
+                memory_limit=distillation_memory_limit,
+                **texts,
+            )
+        in_tasks = merge_distilled(
+            parts=dsl.Collected(learnt.outputs["distilled"]),
+            student=pruned.outputs["pruned"],
+            trust_remote_code=trust_remote_code,
+        )
+    with dsl.Else(name="distillation on nodes"):
+        on_nodes = distill_on_nodes(
             teacher=model,
             student=pruned.outputs["pruned"],
             plan=pruned.outputs["plan"],
             data=data,
-            objective=distillation_objective,
+            nodes=distillation_nodes,
+            volume=distillation_volume,
+            volume_path=VOLUME_PATH,
+            gpus_per_node=distillation_gpus_per_node,
+            node_options=distillation_node_options,
+            training=distillation_training,
             train=distillation_parts,
             max_blocks=distillation_blocks,
-            learning_rate=learning_rate,
-            epochs=distillation_epochs,
-            part=part,
-            parts=distillation_shards,
-            memory_limit=distillation_memory_limit,
             **texts,
         )
-    recovered = merge_distilled(
-        parts=dsl.Collected(learnt.outputs["distilled"]),
-        student=pruned.outputs["pruned"],
-        trust_remote_code=trust_remote_code,
+    # Which of two artifacts was made, neither kfp.local nor every release of Kubeflow Pipelines can tell; which of two
+    # addresses, all can.
+    recovered = dsl.importer(
+        artifact_uri=dsl.OneOf(in_tasks.outputs["Output"], on_nodes.outputs["Output"]),
+        artifact_class=dsl.Model,
+        reimport=True,
     )
     measured = evaluate(
         original=model,
         pruned=pruned.outputs["pruned"],
-        distilled=recovered.outputs["distilled"],
+        distilled=recovered.output,
         baseline_models=pruned.outputs["baseline_models"],
         clusters=clusters,
         data=evaluation_data,
@@ -202,7 +242,7 @@ def prune(
     )
     judged = promote(
         report=measured.outputs["report"],
-        model=recovered.outputs["distilled"],
+        model=recovered.output,
         registered_model=registered_model,
         max_loss_increase_nats=max_loss_increase_nats,
     )
@@ -211,19 +251,21 @@ def prune(
     # data share is taken from a cache.
     reusable, unique = (
         (prepared, calibrated, merged, clustered),
-        (pruned, numbered, learnt, recovered, measured, judged),
+        (pruned, numbered, learnt, in_tasks, on_nodes, measured, judged),
     )
+    recovered.set_caching_options(enable_caching=False)
     for task in reusable:
         task.set_caching_options(enable_caching=True)
     for task in unique:
         task.set_caching_options(enable_caching=False)
     for task in (*reusable, *unique):
         use_services(task)
+    use_nodes(on_nodes, distillation_volume)
 
     return Outputs(
         report=measured.outputs["report"],
         page=measured.outputs["page"],
-        model=recovered.outputs["distilled"],
+        model=recovered.output,
         promoted=judged.outputs["promoted"],
         verdict=judged.outputs["verdict"],
     )

@@ -26,6 +26,7 @@ from moeprune.cli.run import run as run_command
 from moeprune.components.calibrate import calibrate
 from moeprune.components.cluster import cluster
 from moeprune.components.distill import distill
+from moeprune.components.distill_on_nodes import distill_on_nodes
 from moeprune.components.evaluate import evaluate
 from moeprune.components.global_prune import global_prune
 from moeprune.components.merge_distilled import merge_distilled
@@ -42,21 +43,45 @@ from moeprune.promotion import Verdict
 from moeprune.services.signals import announced
 from moeprune.statistics import Stats
 from moeprune.steps.evaluate import models_in
+from moeprune.train_job import Nodes
+from moeprune.train_job.pod import POD_VARIABLE
 
 REUSABLE = {"prepare", "calibrate", "merge-stats", "cluster"}
-STEPS = REUSABLE | {"global-prune", "spread", "distill", "merge-distilled", "evaluate", "promote"}
-LOOPS = {"for-loop-1": {"calibrate"}, "for-loop-2": {"distill"}}  # over shards; the compiler makes components of them
+STEPS = REUSABLE | {
+    "global-prune",
+    "spread",
+    "distill",
+    "merge-distilled",
+    "distill-on-nodes",
+    "evaluate",
+    "promote",
+}
+GROUPS = {  # the compiler makes components of them
+    "for-loop-1": {"calibrate"},
+    "condition-branches-2": {"condition-4", "condition-5"},
+    "condition-4": {"spread", "for-loop-3", "merge-distilled"},
+    "for-loop-3": {"distill"},
+    "condition-5": {"distill-on-nodes"},
+}
+IMPORTER = "importer"  # Kubeflow's own
+CLUSTER_ONLY = {
+    "distillation_nodes",
+    "distillation_gpus_per_node",
+    "distillation_volume",
+    "distillation_node_options",
+    "distillation_training",
+}
 
 
 def compiled(path: Path, **environment: str) -> str:
     command = [sys.executable, "-m", "moeprune.pipelines.compile", str(path)]
     subprocess.run(command, env=os.environ | environment, check=True, capture_output=True)
-    return path.read_text()
+    return (path / "prune.yaml").read_text()
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return compiled(tmp_path_factory.mktemp("compiled") / "new" / "prune.yaml", PYTHONHASHSEED="1")
+    return compiled(tmp_path_factory.mktemp("compiled") / "new", PYTHONHASHSEED="1")
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +102,9 @@ def described(definitions: dict[str, dict[str, dict[str, Any]]]) -> Iterator[tup
 class TestTheYaml:
     def test_every_input_and_output_is_described(self, spec: dict[str, Any]) -> None:
         of_steps = {name.removeprefix("comp-"): component for name, component in spec["components"].items()}
-        for loop, tasks in LOOPS.items():
-            assert of_steps.pop(loop)["dag"]["tasks"].keys() == tasks
+        for group, tasks in GROUPS.items():
+            assert of_steps.pop(group)["dag"]["tasks"].keys() == tasks
+        assert of_steps.pop(IMPORTER)["executorLabel"] == f"exec-{IMPORTER}"
         assert of_steps.keys() == STEPS
         for name, component in [*of_steps.items(), ("the pipeline", spec["root"])]:
             for side in ("inputDefinitions", "outputDefinitions"):
@@ -92,23 +118,27 @@ class TestTheYaml:
             assert definition.get("isOptional"), name
 
     def test_the_same_source_gives_the_same_bytes(self, text: str, tmp_path: Path) -> None:
-        assert compiled(tmp_path / "again.yaml", PYTHONHASHSEED="2") == text
+        assert compiled(tmp_path / "again", PYTHONHASHSEED="2") == text
 
     def test_one_image_that_can_be_chosen(self, spec: dict[str, Any], tmp_path: Path) -> None:
         def images(of: dict[str, Any]) -> set[str]:
-            return {executor["container"]["image"] for executor in of["deploymentSpec"]["executors"].values()}
+            return {
+                executor["container"]["image"]
+                for name, executor in of["deploymentSpec"]["executors"].items()
+                if name != f"exec-{IMPORTER}"
+            }
 
         assert {image.split(":")[0] for image in images(spec)} == {"moeprune"}
-        chosen = compiled(tmp_path / "chosen.yaml", MOEPRUNE_IMAGE="registry.example/team/moeprune:7")
+        chosen = compiled(tmp_path / "chosen", MOEPRUNE_IMAGE="registry.example/team/moeprune:7")
         assert images(next(yaml.safe_load_all(chosen))) == {"registry.example/team/moeprune:7"}
 
     def test_nothing_is_installed_when_a_step_starts(self, text: str) -> None:
         assert "pip install" not in text
 
     def test_only_what_runs_share_is_cached(self, spec: dict[str, Any]) -> None:
-        dags = [spec["root"]["dag"], *(spec["components"][f"comp-{loop}"]["dag"] for loop in LOOPS)]
-        tasks = {name: task for dag in dags for name, task in dag["tasks"].items() if name not in LOOPS}
-        assert tasks.keys() == STEPS
+        dags = [spec["root"]["dag"], *(spec["components"][f"comp-{group}"]["dag"] for group in GROUPS)]
+        tasks = {name: task for dag in dags for name, task in dag["tasks"].items() if name not in GROUPS}
+        assert tasks.keys() == STEPS | {IMPORTER}
         assert {name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")} == REUSABLE
 
     def test_keys_come_from_a_secret_that_may_be_absent(self, spec: dict[str, Any], platform: dict[str, Any]) -> None:
@@ -118,10 +148,24 @@ class TestTheYaml:
             assert secret["secretName"] == SECRET
             assert secret["optional"] is True
             assert {entry["envVar"] for entry in secret["keyToEnv"]} == set(VARIABLES)
-            (run_id,) = executor["fieldPathAsEnv"]
+            run_id, *_ = executor["fieldPathAsEnv"]
             assert run_id == {"name": "KFP_RUN_ID", "fieldPath": "metadata.labels['pipeline/runid']"}
-        for executor in spec["deploymentSpec"]["executors"].values():
-            assert "env" not in executor["container"]
+        for name, executor in spec["deploymentSpec"]["executors"].items():
+            assert name == f"exec-{IMPORTER}" or "env" not in executor["container"]
+
+    def test_the_task_of_nodes_shares_their_volume_knows_its_pod_and_is_tried_again(
+        self, spec: dict[str, Any], platform: dict[str, Any]
+    ) -> None:
+        executor = platform["exec-distill-on-nodes"]
+        assert executor["fieldPathAsEnv"][1:] == [{"name": POD_VARIABLE, "fieldPath": "metadata.name"}]
+        (mount,) = executor["pvcMount"]
+        group = spec["components"]["comp-condition-5"]
+        volume = mount["pvcNameParameter"]["componentInputParameter"]
+        assert volume in group["inputDefinitions"]["parameters"]
+        assert volume.endswith("distillation_volume")
+        task = group["dag"]["tasks"]["distill-on-nodes"]
+        assert mount["mountPath"] == task["inputs"]["parameters"]["volume_path"]["runtimeValue"]["constant"]
+        assert task["retryPolicy"]["maxRetryCount"] > 0
 
     def test_it_loads_again(self, text: str) -> None:
         loaded = components.load_component_from_text(text)
@@ -132,7 +176,10 @@ class TestTheYaml:
 class TestTheCommandLine:
     def test_has_an_option_for_every_parameter(self) -> None:
         options = inspect.signature(run_command).parameters
+        assert not CLUSTER_ONLY & options.keys()
         for name, spec in prune.component_spec.inputs.items():
+            if name in CLUSTER_ONLY:
+                continue
             default = options[name].default
             match name:
                 case "evaluation_data":  # depends on --data
@@ -152,7 +199,7 @@ class Artifact:
     """As much of Kubeflow's as a component uses."""
 
     def __init__(self, name: str, **metadata: object) -> None:
-        self.path, self.metadata = f"/artifacts/{name}", dict(metadata)
+        self.path, self.uri, self.metadata = f"/artifacts/{name}", f"s3://bucket/{name}", dict(metadata)
         self.logged: dict[str, float] = {}
 
     def log_metric(self, name: str, value: float) -> None:
@@ -314,10 +361,48 @@ class TestComponents:
             Artifact("student", method="m"),
             Artifact("distilled"),
         )
-        merge_distilled.python_func(parts=parts, student=student, distilled=distilled, trust_remote_code=True)
+        where = merge_distilled.python_func(parts=parts, student=student, distilled=distilled, trust_remote_code=True)
+        assert where == "s3://bucket/distilled"
         given = {"parts": ["/artifacts/a", "/artifacts/b"], "student": student.path, "out": distilled.path}
         assert calls == [given | {"trust_remote_code": True}]
         assert distilled.metadata == {"method": "m", "optimizer_steps": 2}
+
+    def test_distill_on_nodes(self, called: Callable[..., list[dict[str, Any]]]) -> None:
+        calls = called("distill_end_to_end", SimpleNamespace(curve={1: 0.5, 7: 0.4}))
+        student, plan, distilled = Artifact("student", method="m"), Artifact("plan"), Artifact("distilled")
+        options = {"train": "all", "text_field": "body", "block_tokens": 3, "max_blocks": 4, "trust_remote_code": True}
+        where = distill_on_nodes.python_func(
+            teacher="M",
+            student=student,
+            plan=plan,
+            data="D",
+            distilled=distilled,
+            nodes=3,
+            volume="work",
+            volume_path="/there",
+            gpus_per_node=8,
+            node_options={"memory": "64Gi"},
+            training={"objective": "text=1", "learning_rate": 1e-5},
+            **options,
+        )
+        (call,) = calls
+        assert call.pop("nodes") == Nodes.of(count=3, volume="work", volume_path="/there", gpus=8, memory="64Gi")
+        assert call.pop("training") == {"learning_rate": 1e-5}
+        given = {"teacher": "M", "student": student.path, "plan": plan.path, "data": "D", "out": distilled.path}
+        assert call == given | options | {"objective": "text=1"}
+        assert distilled.metadata == {"method": "m", "optimizer_steps": 7}
+        assert where == "s3://bucket/distilled"
+        with pytest.raises(InputError, match="memori: not known"):
+            distill_on_nodes.python_func(
+                teacher="M",
+                student=student,
+                plan=plan,
+                data="D",
+                distilled=distilled,
+                nodes=3,
+                volume="work",
+                node_options={"memori": "64Gi"},
+            )
 
     def test_spread(self) -> None:
         assert spread.python_func(shards=3) == [0, 1, 2]

@@ -9,7 +9,7 @@ def merge_distilled(
     student: dsl.Input[dsl.Model],
     distilled: dsl.Output[dsl.Model],
     trust_remote_code: bool = False,
-) -> None:
+) -> str:
     """Make one model of what the layers have learnt in several tasks.
 
     Args:
@@ -19,6 +19,7 @@ def merge_distilled(
 
     Returns:
         distilled: The recovered model, a Hugging Face checkpoint: what one task would have made of all layers.
+        Output: Where that is.
     """
     from moeprune.steps import merge_distilled as step
 
@@ -26,3 +27,4 @@ def merge_distilled(
         [part.path for part in parts], student.path, distilled.path, trust_remote_code=trust_remote_code
     )
     distilled.metadata.update(student.metadata, optimizer_steps=result.steps)
+    return distilled.uri
