@@ -7,6 +7,11 @@
 # A Debian with Python 3.11 to 3.13 and its venv module.
 ARG BASE=python:3.11-slim-bookworm
 
+# What pyproject.toml asks for: as long as that stays the same, so do the layers below, whatever else is in the file.
+FROM ${BASE} AS wanted
+COPY pyproject.toml image/requirements.py /
+RUN python3 requirements.py > requirements.txt
+
 FROM ${BASE} AS build
 ENV PATH=/opt/moeprune/bin:${PATH} \
     PIP_CONFIG_FILE=/run/secrets/pip.conf \
@@ -14,8 +19,8 @@ ENV PATH=/opt/moeprune/bin:${PATH} \
     PIP_NO_CACHE_DIR=1 \
     PIP_NO_COMPILE=1
 WORKDIR /build
-COPY constraints.txt pyproject.toml image/requirements.py ./
-RUN python3 -m venv /opt/moeprune && python3 requirements.py > requirements.txt
+RUN python3 -m venv /opt/moeprune
+COPY constraints.txt ./
 
 # PyTorch for processors: cpu. For NVIDIA's GPUs, with the libraries that it needs: cu130, or another CUDA that its index
 # knows. An empty TORCH_INDEX leaves it to pip.conf where such wheels are.
@@ -25,6 +30,7 @@ RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.crt \
     pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}/${TORCH}"} torch \
     && python3 -c "import torch; got = 'cu' + torch.version.cuda.replace('.', '') if torch.version.cuda else 'cpu'; \
                    assert got == '${TORCH}', f'asked for PyTorch for ${TORCH}, got {got}; see TORCH_INDEX'"
+COPY --from=wanted requirements.txt ./
 RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.crt \
     pip install --constraint constraints.txt --requirement requirements.txt
 

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def known_to_pip(variant: str) -> bool:
-    """Whether the indexes that pip is configured with have PyTorch for this variant, and need not be told of its own."""
+    """Whether the indexes that pip is configured with have PyTorch for this variant; its own is not needed then."""
     command = [sys.executable, "-m", "pip", "index", "versions", "torch"]
     found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     return re.search(rf"\+{re.escape(variant)}\b", found) is not None

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 PAGE = Path(__file__).parent.parent / "docs" / "image.md"
 LIMIT = {"cpu": 1600, "cu": 8000}  # megabytes, by how the name of PyTorch's variant begins
@@ -66,7 +67,7 @@ def main() -> None:
     ).strip()
     inside = ("run", "--rm", "--interactive", "--network", "none", "--read-only", arguments.image, "python3", "-")
     weighed = json.loads(_docker(arguments.docker, *inside, program=WEIGH))
-    table, total, complaints = tell(weighed, LIMIT["cpu" if torch == "cpu" else "cu"])
+    table, complaints = tell(weighed, LIMIT["cpu" if torch == "cpu" else "cu"])
     sys.stdout.write(table)
     if arguments.write:
         page = PAGE.read_text(encoding="utf-8")
@@ -76,8 +77,8 @@ def main() -> None:
         sys.exit("\n".join(complaints))
 
 
-def tell(weighed: dict, limit: int) -> tuple[str, float, list[str]]:
-    """What an image is made of, as a table; its megabytes; and what is wrong with them.
+def tell(weighed: dict[str, Any], limit: int) -> tuple[str, list[str]]:
+    """What an image is made of, as a table, and what is wrong with it.
 
     Args:
         weighed: bytes: of each distribution (packages), of what else is in their directory (other) and of the system.
@@ -103,7 +104,7 @@ def tell(weighed: dict, limit: int) -> tuple[str, float, list[str]]:
         complaints.append(f"the image has {total:.0f} MB, more than the {limit} that it may have")
     lines = [row.format(size / 1e6) for row, size in sorted(rows.items(), key=lambda item: -item[1])]
     head = ["| what | MB | what for |", "| --- | ---: | --- |"]
-    return "\n".join([*head, *lines, f"| **all** | **{total:.0f}** | on disk |", ""]), total, complaints
+    return "\n".join([*head, *lines, f"| **all** | **{total:.0f}** | on disk |", ""]), complaints
 
 
 def _normal(name: str) -> str:
