@@ -58,6 +58,7 @@ build/peer/ready:
 	@touch $@
 
 lint: $(VENV)/ready-dev  ## style and types
+	@$(BIN)/hadolint Dockerfile
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
