@@ -209,7 +209,7 @@ def test_it_is_distilled(
             2,
         )
         assert code == 0, err
-        before, after = (float(part.split()[-1]) for part in told.partition(" of their")[0].split(" -> "))
+        before, after = (float(part.split()[-1]) for part in told.partition(" of what")[0].split(" -> "))
         assert after < before
         changed = {
             tensor

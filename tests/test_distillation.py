@@ -193,7 +193,7 @@ class Parabola:
     def learn(self, **options: Any) -> Outcome:
         settings = Settings(**{"epochs": 2, "batch_blocks": 2, "learning_rate": 0.2} | options)
         train = torch.arange(64)
-        return learn(self, [self.number], train, HELD_OUT, settings, seed=0, keep_zeros=False)  # type: ignore[arg-type]
+        return learn(self, [self.number], train, HELD_OUT, settings, seed=0)  # type: ignore[arg-type]
 
     open = staticmethod(nullcontext)
 

@@ -34,6 +34,7 @@ from moeprune.streaming.streamed import StreamedPass
 
 _NOTED_IN_MEMORY = 1 << 30
 _SHARE_OF_LIMIT = 1 / 16  # of a memory limit, for what is noted of a layer
+_EXPERTS_AXES = 3  # of weights
 _COPIES = 5  # of what learns: its gradients, two moments, the best so far, and itself
 
 
@@ -159,12 +160,16 @@ class _Layers:
                 job.text.held_out,
                 job.settings,
                 seed=_seed(job.settings.seed, layer),
-                keep_zeros=job.plan.sparsity is not None,
+                sparse=[parameter for name, parameter in parameters.items() if self._is_sparse(layer, name, parameter)],
                 on_step=self._tell,
             )
             if outcome.after < outcome.before:
                 return outcome, {one: parameter.detach().cpu() for one, parameter in parameters.items()}
             return outcome, {}
+
+    def _is_sparse(self, layer: str, name: str, parameter: torch.Tensor) -> bool:
+        """Whether the plan made some of its weights zero; zeros elsewhere, as of biases, may learn."""
+        return self._job.plan.sparsity is not None and name.startswith(f"{layer}.") and parameter.dim() == _EXPERTS_AXES
 
     def _of_all(self, number: int, rows: slice) -> slice:
         """Rows of a batch, among all sequences."""

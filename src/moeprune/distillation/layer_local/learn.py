@@ -7,7 +7,7 @@ back to the best that it has been, and goes on from there at half the rate.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,14 +52,14 @@ def learn(
     settings: Settings,
     *,
     seed: int,
-    keep_zeros: bool,
+    sparse: Sequence[torch.nn.Parameter] = (),
     on_step: Callable[[int], None] = lambda done: None,
 ) -> Outcome:
     """Train some parameters of a block, in place.
 
     Args:
         train, held_out: numbers of sequences.
-        keep_zeros: whether weights that are zero stay so.
+        sparse: those of them whose zeros stay zero.
         on_step: called with how many steps are done, of `steps_of`.
     """
     with lesson.open():
@@ -71,7 +71,7 @@ def learn(
         best, least, since_best = _copy(parameters), before, 0
         curve: list[float] = []
         seen, diverged = 0, False
-        steps = _Steps(parameters, steps_of(settings, len(train)), settings.learning_rate, keep_zeros)
+        steps = _Steps(parameters, steps_of(settings, len(train)), settings.learning_rate, sparse)
         for rows in _batches(train, settings, seed):
             curve.append(steps.take(lesson.error(rows)))
             seen += len(rows)
@@ -128,15 +128,19 @@ class _Steps:
     """
 
     def __init__(
-        self, parameters: list[torch.nn.Parameter], steps: int, learning_rate: float, keep_zeros: bool
+        self,
+        parameters: list[torch.nn.Parameter],
+        steps: int,
+        learning_rate: float,
+        sparse: Sequence[torch.nn.Parameter],
     ) -> None:
         groups = rates.groups(parameters, learning_rate)
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
         self._pace = 1.0
         self._schedule = LambdaLR(self._optimizer, lambda step: self._pace * rate_at(step, steps))
         self._looks = {-(-look * steps // _LOOKS) for look in range(1, _LOOKS + 1)}
-        if keep_zeros:
-            Zeros(parameters).keep(self._optimizer)
+        if sparse:
+            Zeros(sparse).keep(self._optimizer)
 
     def take(self, error: torch.Tensor) -> float:
         """One step down; returns the error. Where it is not finite, nothing is changed."""
