@@ -351,6 +351,28 @@ def test_killed_it_goes_on_and_ends_with_the_same_weights(
     assert len(list((job.directory / "states").glob("checkpoint-*"))) == 1
 
 
+def test_killed_after_it_stopped_it_trains_no_more(pair: Pair, tmp_path: Path) -> None:
+    settings = {"epochs": 2, "learning_rate": 1.0, "patience": 1, "evaluations": 12}
+    expected = trained(pair, tmp_path / "expected", "logits=1", "experts", **settings)
+    job = pair.job(tmp_path / "job", "logits=1", "experts", **settings)
+    original = DistillationTrainer.train
+
+    def train_and_die(self: DistillationTrainer, **options: Any) -> None:
+        original(self, **options)
+        kill()
+
+    def work() -> None:
+        DistillationTrainer.train = train_and_die
+        train(job, unheard)
+
+    assert in_processes(1, work) == [-signal.SIGKILL]
+    events: list[Event] = []
+    made = train(job, events.append)
+    assert not [event for event in events if event.total]
+    assert made.held_out == expected.held_out
+    assert made.reason == expected.reason
+
+
 def outcome(directory: Path) -> Outcome:
     found = Outcome.of(directory)
     assert found

@@ -53,6 +53,9 @@ def train_on_nodes(job: Job, listener: Listener, nodes: Nodes, cluster: Cluster 
         for event in said:
             listener(event)
 
+    if outcome := Outcome.of(job.directory):
+        cluster.delete(name)  # whoever followed it to its end had no time to
+        return outcome
     failure.unlink(missing_ok=True)
     try:
         run_train_job(name, nodes, command(job.directory), cluster=cluster, on_look=pass_on, **how)

@@ -33,7 +33,15 @@ Batch = dict[str, torch.Tensor]
 
 
 class DivergedError(Exception):
-    """The gradient or the held-out loss is no number any more. The weights are those of the step before."""
+    """The gradient or the held-out loss is no number any more. The weights have not heard of such a gradient.
+
+    Attributes:
+        step: of the optimizer, at which that was found.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
 
 
 class Rows(Dataset):
@@ -157,7 +165,7 @@ class DistillationTrainer(Trainer):
         metrics = {HELD_OUT: self._sum(errors).item()}
         metrics |= {f"eval_{name}": value.item() for name, value in errors.items() if name != "anchor"}
         if not math.isfinite(metrics[HELD_OUT]):
-            raise DivergedError
+            raise DivergedError(self.state.global_step)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.state.global_step == 0:  # what is to be bettered; no evaluation in vain, as a callback would count it
@@ -178,7 +186,7 @@ class DistillationTrainer(Trainer):
         norm = super()._clip_grad_norm(model)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):  # the same in all processes, and before the weights have heard of it
-            raise DivergedError
+            raise DivergedError(self.state.global_step + 1)
         return norm
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,14 +6,15 @@ import fcntl
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from moeprune.atomic import write_beside
 from moeprune.checkpoint.loading import Checkpoint, default_dtype
@@ -185,6 +186,7 @@ def _arguments(job: Job, text: Text) -> TrainingArguments:
         eval_on_start=Keeping(job.directory / "states").last is None,
         metric_for_best_model=HELD_OUT,
         greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,  # how many evaluations were in vain
         save_strategy="no",  # but with every evaluation (`SaveWhenJudged`)
         logging_steps=math.ceil(steps / _LOGS),
         logging_nan_inf_filter=False,
@@ -201,7 +203,8 @@ def _alone(job: Job, args: TrainingArguments) -> Iterator[None]:
         yield
         return
     with (job.directory / "training.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):  # a file system without locks, where it is the user who takes care
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -260,15 +263,18 @@ def _run(trainer: DistillationTrainer, job: Job, keeping: Keeping, args: Trainin
         keeping.remove_but(last)
     reason = ""
     try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if last is not None and (ended := _ended(last, job.training.patience)):
+            trainer.state = ended
+        else:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if trainer.state.global_step < trainer.state.max_steps:
             reason = (
                 f"the held-out loss got no better in {job.training.patience} evaluations, the last after step "
                 f"{trainer.state.global_step} of {trainer.state.max_steps}"
             )
-    except DivergedError:
-        step, rate = trainer.state.global_step + 1, trainer._get_learning_rate()
-        reason = f"training diverged at step {step}, where the learning rate was {rate:.2g}"
+    except DivergedError as error:
+        rate = trainer.lr_scheduler.get_last_lr()[0]
+        reason = f"training diverged at step {error.step}, where the learning rate was {rate:.2g}"
     history = trainer.state.log_history
     held_out = {entry["step"]: entry[HELD_OUT] for entry in history if HELD_OUT in entry}
     before, after = held_out.get(0, math.nan), trainer.state.best_metric
@@ -287,3 +293,10 @@ def _run(trainer: DistillationTrainer, job: Job, keeping: Keeping, args: Trainin
         with write_beside(job.directory / _OUTCOME_NAME) as beside:
             beside.write_text(outcome.model_dump_json(indent=1))
     return outcome
+
+
+def _ended(last: Path, patience: int) -> TrainerState | None:
+    """The state of a training that was killed between its last step and the word of it; None for any other."""
+    state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+    in_vain = state.stateful_callbacks["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"]
+    return state if in_vain >= patience or state.global_step >= state.max_steps else None
