@@ -250,7 +250,7 @@ def whole_experts(call: ExpertsCall) -> torch.Tensor:
     module = call.module
     outputs = []
     for expert in range(len(module.down_proj)):  # type: ignore[arg-type]
-        gate_TI, up_TI = (call.x_TH @ module.gate_up_proj[expert].T).chunk(2, dim=-1)  # type: ignore[index, operator]
+        gate_TI, up_TI = (call.x_TH @ module.gate_up_proj[expert].T).chunk(2, dim=-1)  # type: ignore[index]
         outputs.append(torch.nn.functional.silu(gate_TI) * up_TI @ module.down_proj[expert].T)  # type: ignore[index]
     return torch.stack(outputs)
 
@@ -349,11 +349,6 @@ def test_what_has_no_say_in_the_objective_cannot_learn(case_of: Callable[..., Ca
 def condense_first(plan: Plan) -> None:
     name = next(iter(plan.layers))
     plan.layers[name] = LayerPlan(experts=8, top_k=2, keep=[1, 4], condensed={1: 0.4, 4: 0.3}, shared_scale=0.9)
-
-
-def put_constants(plan: Plan) -> None:
-    for layer in plan.layers.values():
-        layer.constant = layer.drop[:1]
 
 
 def test_a_condensed_layer_learns_as_a_dense_one(case_of: Callable[..., Case]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -26,9 +27,11 @@ WEIGHTS = st.floats(0, 1e6, allow_nan=False).map(lambda value: float(f"{value:.1
 
 
 @given(st.tuples(*[WEIGHTS] * 4).filter(any), st.floats(0.01, 100), st.integers(1, 10**6))
-def test_an_objective_is_read_as_it_is_printed(weights: tuple[float, ...], temperature: float, top: int) -> None:
+def test_an_objective_is_read_as_it_is_printed(
+    weights: tuple[float, float, float, float], temperature: float, top: int
+) -> None:
     temperature = float(f"{temperature:.12g}")
-    objective = Objective(*weights, temperature=temperature, teacher_top=top)
+    objective = Objective(*weights, temperature, top)
     assert Objective.parse(str(objective)) == objective
     assert objective.layer_local == (not any(weights[2:]))
 
@@ -127,7 +130,7 @@ def test_zeros_stay_zero_whatever_the_optimizer_remembers(
     values = torch.randn(3, 4, 5, generator=generator)
     zero = torch.rand(values.shape, generator=generator) < share
     parameter = torch.nn.Parameter(values.masked_fill(zero, 0))
-    momentum = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    momentum: dict[str, Any] = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     optimizer = kind([parameter], lr=0.1, weight_decay=decay, **momentum)  # type: ignore[call-arg]
     parameter.grad = torch.randn(values.shape, generator=generator)
     optimizer.step()  # of a time before: momentum for all weights

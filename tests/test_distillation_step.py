@@ -56,12 +56,6 @@ class Written:
     loaded: dict[str, Any]
 
 
-def put_constants(plan: Plan) -> Plan:
-    for layer in plan.layers.values():
-        layer.constant = layer.drop[:1]
-    return plan
-
-
 CASES = [
     ("qwen2_moe", "even", "float32"),
     ("granitemoe", "uneven", "bfloat16"),
@@ -230,9 +224,12 @@ def test_other_inputs_are_another_job(
     monkeypatch.undo()
     seen: list[str] = []
     save = learnt.save
-    monkeypatch.setattr(
-        learnt, "save", lambda place, made, tensors: (seen.append(made.layer), save(place, made, tensors))
-    )
+
+    def noting(place: Path, made: learnt.LayerLearnt, tensors: dict[str, torch.Tensor]) -> None:
+        seen.append(made.layer)
+        save(place, made, tensors)
+
+    monkeypatch.setattr(learnt, "save", noting)
     step.distill(**arguments | {"out": str(tmp_path / "second")}, work=str(tmp_path / "work"))
     assert len(seen) == 2
     assert not any((tmp_path / "work").iterdir())
@@ -316,8 +313,6 @@ class TestRefusals:
         weights = load_file(damaged / "model.safetensors")
         weights["model.layers.1.self_attn.o_proj.weight"][0] = float("nan")
         save_file(weights, damaged / "model.safetensors", {"format": "pt"})
-        with pytest.raises(
-            InputError, match="the original's outputs are not finite"
-        ):
+        with pytest.raises(InputError, match="the original's outputs are not finite"):
             step.distill(**arguments | {"teacher": str(damaged)})
         assert not (tmp_path / "out").exists()
