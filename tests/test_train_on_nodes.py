@@ -201,6 +201,25 @@ class TestTrainOnNodes:
         assert outcome.after == 1
         assert [event.done for event in events] == [1, 3]
 
+    def test_what_is_over_is_not_begun_again(
+        self, api: KubernetesApi, job: Job, nodes: Nodes, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The task was lost while it wrote the checkpoint, and could not even remove the job."""
+        over = Outcome(before=2, after=1, curve={}, held_out={}, tokens_per_second=1)
+
+        def ends(it: dict[str, Any]) -> None:
+            (job.directory / "outcome.json").write_text(over.model_dump_json())
+            api.faults["DELETE"] = [403]
+            api.set_status(it["metadata"]["name"], "Complete")
+
+        api.on_look = ends
+        assert train(job, nodes)[0] == over
+        assert "is left behind (this task may not delete" in capsys.readouterr().err
+        assert api.jobs
+        assert train(job, nodes)[0] == over
+        assert not api.jobs
+        assert sum(request.startswith("POST") for request in api.requests) == 1
+
     def test_a_job_that_fails_without_a_word(self, api: KubernetesApi, job: Job, nodes: Nodes) -> None:
         failure_file(job.directory).write_text("of an earlier try")
         api.on_look = lambda it: api.set_status(it["metadata"]["name"], "Failed", "FailedJobs", "jobset failed")

@@ -83,7 +83,7 @@ def run_train_job(
             if started:
                 _remove(cluster, name)
             raise
-        cluster.delete(name)
+        _remove(cluster, name)
 
 
 def _start(cluster: Cluster, name: str, job: dict, say: Callable[[str], None]) -> None:
@@ -165,6 +165,6 @@ def _leave(cluster: Cluster, name: str, own_pod: OwnPod, say: Callable[[str], No
 def _remove(cluster: Cluster, name: str) -> None:
     try:
         cluster.delete(name)
-    except ServiceError as error:  # what it is removed after matters more
+    except ServiceError as error:  # what came before matters more
         command = f"kubectl --namespace {cluster.namespace} delete trainjob {name}"
         note(f"the TrainJob {name} is left behind ({error}); remove it: {command}")
