@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kfp import dsl
+from kfp import dsl, kubernetes
 
 from moeprune.components.calibrate import calibrate
 from moeprune.components.cluster import cluster
@@ -17,11 +17,13 @@ from moeprune.components.promote import promote
 from moeprune.components.spread import spread
 from moeprune.methods import BASELINES, DEFAULT
 
+from . import placement
 from .on_a_cluster import VOLUME_PATH, use_nodes, use_services
 
 EVALUATION_DATA = ["builtin://code/held-out", "builtin://prose/held-out", "builtin://arithmetic/held-out"]
 HELD_AGAINST = list(BASELINES)
 NO_OPTIONS: dict[str, str] = {}
+NO_TOLERATIONS: list[dict] = []
 
 
 class Outputs(NamedTuple):
@@ -67,10 +69,27 @@ def prune(
     distillation_node_options: dict = NO_OPTIONS,
     distillation_training: dict = NO_OPTIONS,
     evaluation_blocks: int = 32,
-    learning_rate: float = 0.1,
+    learning_rate: float = 0.04,
     registered_model: str = "moeprune",
     max_loss_increase_nats: float = 0.25,
     trust_remote_code: bool = False,
+    calibration_cpus: str = "4",
+    calibration_memory: str = "16Gi",
+    calibration_gpus: str = "0",
+    pruning_cpus: str = "4",
+    pruning_memory: str = "16Gi",
+    pruning_gpus: str = "0",
+    distillation_cpus: str = "4",
+    distillation_memory: str = "16Gi",
+    distillation_gpus: str = "0",
+    evaluation_cpus: str = "4",
+    evaluation_memory: str = "16Gi",
+    evaluation_gpus: str = "0",
+    merging_cpus: str = "2",
+    merging_memory: str = "8Gi",
+    gpu_type: str = "nvidia.com/gpu",
+    node_selector: dict = NO_OPTIONS,
+    tolerations: list[dict] = NO_TOLERATIONS,
 ) -> Outputs:
     """Make a Mixture-of-Experts model smaller for a domain, win back what that lost, measure what is left, and register
     it if it lost little enough.
@@ -133,6 +152,25 @@ def prune(
         registered_model: Name of the model in the registry.
         max_loss_increase_nats: The most that the result may lose on the domain, in nats per token, to be registered.
         trust_remote_code: Run modelling code that the model brings along.
+        calibration_cpus: CPUs that each calibration asks its node for, such as 4 or 500m.
+        calibration_memory: Memory that each calibration asks for and may have at most, such as 16Gi.
+        calibration_gpus: GPUs that each calibration holds; 0 to calibrate on CPUs.
+        pruning_cpus: CPUs that deciding, cutting and fitting ask for.
+        pruning_memory: Memory that they ask for and may have at most.
+        pruning_gpus: GPUs that they hold.
+        distillation_cpus: CPUs that each task of a distillation layer by layer asks for.
+        distillation_memory: Memory that each asks for and may have at most.
+        distillation_gpus: GPUs that each holds.
+        evaluation_cpus: CPUs that measuring asks for.
+        evaluation_memory: Memory that it asks for and may have at most.
+        evaluation_gpus: GPUs that it holds.
+        merging_cpus: CPUs that adding up, clustering, merging and registering ask for.
+        merging_memory: Memory that they ask for and may have at most; they hold no GPU.
+        gpu_type: What the cluster calls a GPU, such as nvidia.com/gpu or amd.com/gpu.
+        node_selector: Labels of the nodes that the steps which may hold GPUs run on, as a JSON object, for example
+            {"pool": "gpus"}; {} for any.
+        tolerations: Taints of those nodes that these steps put up with, as a JSON list, for example
+            [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}].
 
     Returns:
         report: All that was measured (JSON).
@@ -260,6 +298,19 @@ def prune(
         task.set_caching_options(enable_caching=False)
     for task in (*reusable, *unique):
         use_services(task)
+    pool = placement.Pool(gpu_type, node_selector, tolerations)
+    for task, cpus, memory, gpus in (
+        (calibrated, calibration_cpus, calibration_memory, calibration_gpus),
+        (pruned, pruning_cpus, pruning_memory, pruning_gpus),
+        (learnt, distillation_cpus, distillation_memory, distillation_gpus),
+        (measured, evaluation_cpus, evaluation_memory, evaluation_gpus),
+    ):
+        placement.heavy(task, cpus, memory, hours=48, gpus=gpus, pool=pool)
+    for task in (merged, clustered, in_tasks, judged):
+        placement.heavy(task, merging_cpus, merging_memory, hours=12)
+    placement.light(prepared, numbered, on_nodes)
+    placement.retry(calibrated, merged, clustered, pruned, learnt, in_tasks, measured, judged)
+    kubernetes.set_timeout(on_nodes, 0)  # the TrainJob has a limit of its own, which the run may choose
     use_nodes(on_nodes, distillation_volume)
 
     return Outputs(
