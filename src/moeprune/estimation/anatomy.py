@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
+from moeprune.checkpoint.files import INDEX_NAME
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.other_files import other_files
 from moeprune.checkpoint.surgery import foresee
@@ -65,7 +66,7 @@ class Anatomy:
         vocabulary: tokens that there are.
         blocks: transformer layers, those without experts, too.
         layers: by the names of their experts modules.
-        bytes_on_disk: of all its files.
+        bytes_on_disk: of its safetensors files and all that belongs to them, but the card.
     """
 
     embedding: int
@@ -97,6 +98,7 @@ class Anatomy:
         hidden = embedding.weight.shape[-1]
         heads = getattr(config, "num_attention_heads", None) or 1
         beside = sum(path.stat().st_size for path in other_files(checkpoint.directory))
+        index = checkpoint.files.source.sizes().get(INDEX_NAME, 0)
         return cls(
             embedding=_count(embedding),
             head=_count(head) if head is not None else 0,
@@ -108,7 +110,7 @@ class Anatomy:
             vocabulary=embedding.weight.shape[0],
             blocks=config.num_hidden_layers,
             layers=layers,
-            bytes_on_disk=checkpoint.files.bytes_on_disk + beside + elsewhere,
+            bytes_on_disk=checkpoint.files.bytes_on_disk + index + beside + elsewhere,
         )
 
     def pruned(self, plan: Plan, checkpoint: Checkpoint, elsewhere: int = 0) -> Anatomy:

@@ -97,15 +97,17 @@ class HubHeaders(_HeadersOnly):
     parallel_reads = 8
 
     def __init__(self, repository: str) -> None:
+        from huggingface_hub import HfApi
+
         self.address = repository
+        self._hub = HfApi()
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        from huggingface_hub import HfApi
         from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
         try:
-            found = HfApi().model_info(self.address, files_metadata=True, timeout=_SECONDS).siblings or []
+            found = self._hub.model_info(self.address, files_metadata=True, timeout=_SECONDS).siblings or []
         except (RepositoryNotFoundError, HFValidationError) as error:
             raise InputError(f"there is no directory {self.address} here and no such model on the hub") from error
         except Exception as error:  # what the hub's client raises depends on what it is built on
