@@ -19,6 +19,7 @@ def main() -> None:
         # Imported here since that takes seconds, in which Ctrl-C is to be answered, too.
         from moeprune.cli import (  # noqa: F401 (they add their commands)
             distill,
+            estimate,
             experts,
             methods,
             plan,
