@@ -352,7 +352,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_weights(
 
 
 def test_killed_after_it_stopped_it_trains_no_more(pair: Pair, tmp_path: Path) -> None:
-    settings = {"epochs": 2, "learning_rate": 1.0, "patience": 1, "evaluations": 12}
+    settings: dict[str, Any] = {"epochs": 2, "learning_rate": 1.0, "patience": 1, "evaluations": 12}
     expected = trained(pair, tmp_path / "expected", "logits=1", "experts", **settings)
     job = pair.job(tmp_path / "job", "logits=1", "experts", **settings)
     original = DistillationTrainer.train
