@@ -172,7 +172,7 @@ def test_parts_make_what_one_call_makes(arguments: dict[str, Any], tmp_path: Pat
 def test_killed_it_goes_on_and_ends_with_the_same_bytes(
     arguments: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    slow = arguments | {"epochs": 30}  # a layer takes long enough to be in the middle of it
+    slow = arguments | {"epochs": 10}  # a layer takes long enough to be in the middle of it
     code = f"from moeprune.steps.distill import distill; distill(**{slow!r})"
     out = Path(arguments["out"])
     work = out.with_name(".out.unfinished")
