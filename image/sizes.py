@@ -29,6 +29,7 @@ PURPOSES = {
     "scikit-learn": "clustering",
     "numpy": "arrays, underneath nearly all else",
     "sympy": "PyTorch needs it when it is imported",
+    "networkx": "PyTorch needs it when it is imported",
     "matplotlib": "the report's figures",
     "fonttools": "matplotlib needs it",
     "pillow": "matplotlib needs it",
