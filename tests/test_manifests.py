@@ -371,6 +371,8 @@ class TestTraffic:
             # Those who come to MLflow.
             ("prod", "kubeflow-api", "mlflow", 5000, True),
             ("prod", "kubeflow-other", "mlflow", 5000, False),
+            ("dev", "kubeflow-other", "mlflow", 5000, True),  # may be a task, of a single-user installation
+            ("dev", "kubeflow-other", "postgres", 5432, False),
             ("prod", "stranger", "mlflow", 5000, False),
             ("prod", "login", "mlflow", 5000, True),
             ("prod", "ingress", "login", 4180, True),
@@ -388,8 +390,8 @@ class TestTraffic:
 
 
 _PEERS = {  # namespace and labels
-    "task": (RUNS, {"pipelines.kubeflow.org/v2_component": "true"}),
-    "node": (RUNS, {"app.kubernetes.io/part-of": "moeprune", "app.kubernetes.io/component": "distill"}),
+    "task": (RUNS, {"app.kubernetes.io/part-of": "moeprune", "app.kubernetes.io/component": "distill"}),
+    "node": (RUNS, {"app.kubernetes.io/part-of": "moeprune", "jobset.sigs.k8s.io/replicatedjob-name": "node"}),
     "mlflow": (MLFLOW, {"app.kubernetes.io/name": "mlflow"}),
     "migration": (MLFLOW, {"app.kubernetes.io/name": "mlflow-migration"}),
     "backup": (MLFLOW, {"app.kubernetes.io/name": "mlflow-backup"}),
@@ -559,6 +561,9 @@ class TestSecrets:
         assert secrets["kfp-mlflow-credentials"]["password"] == password
         assert secrets["mlflow-s3"].items() <= secrets["moeprune"].items()
         assert password != secrets["mlflow-auth"]["admin-password"]
+        namespaces = {it["metadata"]["name"]: it["metadata"]["namespace"] for it in make("kubeflow")}
+        assert namespaces["moeprune"] == namespaces["kfp-mlflow-credentials"] == "kubeflow"
+        assert namespaces["postgres"] == MLFLOW
         again = {it["metadata"]["name"]: it["stringData"] for it in make()}
         assert again["postgres"] != secrets["postgres"]
         assert again["mlflow-s3"] != secrets["mlflow-s3"]

@@ -2,21 +2,27 @@
 
     python3 manifests/overlays/dev/make_secrets.py | kubectl create -f -
 
-`create`, not `apply`: passwords that databases were made with must not change under them. To have the tasks read gated
+`create`, not `apply`: passwords that databases were made with must not change under them. Where Kubeflow Pipelines is
+installed for a single user, tasks run in its own namespace: `make_secrets.py --tasks kubeflow`. To have them read gated
 models of the Hugging Face hub, set HF_TOKEN.
 """
 
+import argparse
 import json
 import os
 import secrets
 import sys
 from typing import Any
 
-RUNS, MLFLOW = "moeprune", "moeprune-mlflow"
+MLFLOW = "moeprune-mlflow"
 
 
-def made_up() -> list[dict[str, Any]]:
-    """The Secrets, with values that nobody has seen."""
+def made_up(tasks: str = "moeprune") -> list[dict[str, Any]]:
+    """The Secrets, with values that nobody has seen.
+
+    Args:
+        tasks: the namespace in which the pipeline's tasks run.
+    """
     database, administrator, pipeline, csrf = (secrets.token_urlsafe(24) for _ in range(4))
     key = {"AWS_ACCESS_KEY_ID": secrets.token_hex(10), "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(30)}
     address = f"postgresql+psycopg2://mlflow:{database}@postgres:5432"
@@ -44,8 +50,8 @@ def made_up() -> list[dict[str, Any]]:
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n",
     }
     return [
-        _secret(RUNS, "moeprune", environment),
-        _secret(RUNS, "kfp-mlflow-credentials", {"username": "moeprune", "password": pipeline}),
+        _secret(tasks, "moeprune", environment),
+        _secret(tasks, "kfp-mlflow-credentials", {"username": "moeprune", "password": pipeline}),
         _secret(MLFLOW, "postgres", {"password": database}),
         _secret(MLFLOW, "mlflow-database", {"tracking-uri": f"{address}/mlflow"}),
         _secret(MLFLOW, "mlflow-auth", auth),
@@ -63,4 +69,7 @@ def _secret(namespace: str, name: str, values: dict[str, str]) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    json.dump({"apiVersion": "v1", "kind": "List", "items": made_up()}, sys.stdout, indent=1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", metavar="NAMESPACE", default="moeprune", help="in which the pipeline's tasks run")
+    secrets_made = made_up(parser.parse_args().tasks)
+    json.dump({"apiVersion": "v1", "kind": "List", "items": secrets_made}, sys.stdout, indent=1)
