@@ -69,7 +69,7 @@ def prune(
     distillation_node_options: dict = NO_OPTIONS,
     distillation_training: dict = NO_OPTIONS,
     evaluation_blocks: int = 32,
-    learning_rate: float = 0.04,
+    learning_rate: float = 0.03,
     registered_model: str = "moeprune",
     max_loss_increase_nats: float = 0.25,
     trust_remote_code: bool = False,

@@ -16,7 +16,7 @@ def distill(
     block_tokens: int = 256,
     max_blocks: int = 384,
     batch_blocks: int = 8,
-    learning_rate: float = 0.04,
+    learning_rate: float = 0.03,
     epochs: int = 4,
     part: int = 0,
     parts: int = 0,

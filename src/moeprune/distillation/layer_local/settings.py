@@ -21,7 +21,7 @@ class Settings:
     """
 
     objective: Objective = DEFAULT
-    learning_rate: float = 0.04
+    learning_rate: float = 0.03
     epochs: int = 4
     batch_blocks: int = 8
     seed: int = 0
