@@ -18,7 +18,7 @@ BASE   ?= python:3.11-slim-bookworm
 IMAGE  ?= moeprune:$(shell sed -n 's/__version__ = "\(.*\)"/\1/p' src/moeprune/__init__.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down test families methods bench reap-reference bench-quality lint format image image-base image-size image-run image-check compile reference-model lock clean
+.PHONY: help run up down test families methods bench reap-reference bench-quality launch-form submit deploy lint format image image-base image-size image-run image-check compile reference-model lock clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,17 @@ image-check: $(VENV)/ready-dev  ## build it, weigh it, look into it, run the pip
 
 compile: $(VENV)/ready  ## write the pipelines to OUT (pipelines/compiled), to upload in the Kubeflow UI
 	@$(BIN)/python -m moeprune.pipelines.compile $(OUT)
+
+launch-form: $(VENV)/ready  ## write docs/launch_form.md
+	@$(BIN)/python -m moeprune.pipelines.launch_form docs/launch_form.md
+
+submit: $(VENV)/ready  ## start a run on a cluster; ARGS='--host URL --parameters FILE --wait' (moeprune submit --help)
+	@$(BIN)/moeprune submit $(ARGS)
+
+deploy:  ## apply an overlay of manifests/overlays to the cluster of the kubeconfig: OVERLAY=dev, gpu or prod
+	@test -d "manifests/overlays/$(OVERLAY)" -a -n "$(OVERLAY)" \
+		|| { echo "which overlay? make deploy OVERLAY=$$(ls manifests/overlays | paste -sd'|')" >&2; exit 1; }
+	@kubectl apply --server-side -k "manifests/overlays/$(OVERLAY)"
 
 reference-model: $(VENV)/ready-dev  ## train the embedded model again (100 minutes on one core)
 	@OMP_NUM_THREADS=1 $(BIN)/python reference_model/train.py --out src/moeprune/builtin/model

@@ -14,9 +14,10 @@ from kfp import compiler
 from moeprune.components.image import IMAGE
 from moeprune.errors import InputError
 
+from .closing import closed
 from .prune import prune
 
-PIPELINES = {"prune": prune}
+PIPELINES = {"prune": closed(prune, "moeprune-prune", "moeprune: prune a Mixture-of-Experts for a domain")}
 _IMAGE = re.compile(r"[\w.-]+(:\d+)?(/[\w.-]+)*(:[\w.-]+)?(@sha256:[0-9a-f]{64})?")
 
 

@@ -24,6 +24,7 @@ from moeprune import places
 from moeprune.cli.run import RATIO
 from moeprune.cli.run import run as run_command
 from moeprune.components.calibrate import calibrate
+from moeprune.components.close_run import close_run
 from moeprune.components.cluster import cluster
 from moeprune.components.distill import distill
 from moeprune.components.distill_on_nodes import distill_on_nodes
@@ -55,8 +56,21 @@ STEPS = REUSABLE | {
     "distill-on-nodes",
     "evaluate",
     "promote",
+    "close-run",
 }
 GROUPS = {  # the compiler makes components of them
+    "exit-handler-1": {"prune"},
+    "prune": {
+        "prepare",
+        "for-loop-1",
+        "merge-stats",
+        "cluster",
+        "global-prune",
+        "condition-branches-2",
+        "importer",
+        "evaluate",
+        "promote",
+    },
     "for-loop-1": {"calibrate"},
     "condition-branches-2": {"condition-4", "condition-5"},
     "condition-4": {"spread", "for-loop-3", "merge-distilled"},
@@ -64,12 +78,19 @@ GROUPS = {  # the compiler makes components of them
     "condition-5": {"distill-on-nodes"},
 }
 IMPORTER = "importer"  # Kubeflow's own
+SIZES = ("cpus", "memory", "gpus")
 CLUSTER_ONLY = {
     "distillation_nodes",
     "distillation_gpus_per_node",
     "distillation_volume",
     "distillation_node_options",
     "distillation_training",
+    *(f"{what}_{of}" for what in ("calibration", "pruning", "distillation", "evaluation") for of in SIZES),
+    "merging_cpus",
+    "merging_memory",
+    "gpu_type",
+    "node_selector",
+    "tolerations",
 }
 
 
@@ -170,7 +191,7 @@ class TestTheYaml:
     def test_it_loads_again(self, text: str) -> None:
         loaded = components.load_component_from_text(text)
         assert loaded.component_spec.inputs.keys() == prune.component_spec.inputs.keys()
-        assert loaded.component_spec.outputs.keys() == {"report", "page", "model", "promoted", "verdict"}
+        assert prune.component_spec.outputs.keys() == {"report", "page", "model", "promoted", "verdict"}
 
 
 class TestTheCommandLine:
@@ -403,6 +424,12 @@ class TestComponents:
                 volume="work",
                 node_options={"memori": "64Gi"},
             )
+
+    @pytest.mark.parametrize("message", ["out of memory", None])
+    def test_close_run(self, called: Callable[..., list[dict[str, Any]]], message: str | None) -> None:
+        calls = called("close_run", "FAILED")
+        close_run.python_func(status=SimpleNamespace(state="FAILED", error_message=message))
+        assert calls == [{"state": "FAILED", "error": message or ""}]
 
     def test_spread(self) -> None:
         assert spread.python_func(shards=3) == [0, 1, 2]

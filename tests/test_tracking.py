@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -27,6 +29,7 @@ from moeprune.evaluation.report import Candidate, DataSet, Quality, Report
 from moeprune.promotion import judge
 from moeprune.services import Services
 from moeprune.steps import promote as step
+from moeprune.steps.close_run import close_run
 
 PARENT = "mlflow.parentRunId"
 
@@ -119,6 +122,7 @@ class TestWhichRun:
         assert found.data.tags["error"] == "the text is too short"
 
     def test_one_for_each_kubeflow_run(self, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tracking, "_SECONDS_FOR_OTHERS", 0.0)
         for kfp_run in ("11111111-aaaa", "22222222-bbbb"):
             monkeypatch.setenv("KFP_RUN_ID", kfp_run)
             for name in ("calibrate", "cluster"):
@@ -130,6 +134,65 @@ class TestWhichRun:
         nested = [(run.info.run_name, run.data.tags[PARENT]) for run in found if PARENT in run.data.tags]
         assert sorted(nested) == sorted((name, run) for run in parents.values() for name in ("calibrate", "cluster"))
         assert len(found) == 6
+
+    def test_one_for_a_kubeflow_run_whose_steps_come_at_once(
+        self, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each looks before any has made a run, and makes one; whichever they choose, it is the same."""
+        monkeypatch.setenv("KFP_RUN_ID", "33333333-cccc")
+        together = threading.Barrier(4)
+        look = tracking._runs_of_kubeflow
+        seen: list[str] = []
+
+        def look_together(*arguments: Any) -> list[str]:
+            found = look(*arguments)
+            if not found:
+                together.wait(30)
+            return found
+
+        def run_step(name: str) -> None:
+            with tracking.step(name, {}) as run:
+                seen.append(run.parent_id)
+
+        monkeypatch.setattr(tracking, "_runs_of_kubeflow", look_together)
+        clock = SimpleNamespace(time=time.time, sleep=lambda seconds: together.wait(30))
+        monkeypatch.setattr(tracking, "time", clock)
+        client.create_experiment(os.environ["MLFLOW_EXPERIMENT_NAME"])
+        steps = [threading.Thread(target=run_step, args=(f"calibrate-{number}",)) for number in range(4)]
+        for thread in steps:
+            thread.start()
+        for thread in steps:
+            thread.join()
+        assert len(seen) == 4
+        assert len(set(seen)) == 1
+        parents = [run.info.run_id for run in runs(client) if "kfp.run_id" in run.data.tags]
+        assert parents == seen[:1]
+
+    @pytest.mark.parametrize(
+        ("state", "status"),
+        [("SUCCEEDED", "FINISHED"), ("FAILED", "FAILED"), ("CANCELLED", "KILLED"), ("Error", "FAILED")],
+    )
+    def test_one_of_a_kubeflow_run_ends_as_that_does(
+        self, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, state: str, status: str
+    ) -> None:
+        monkeypatch.setattr(tracking, "_SECONDS_FOR_OTHERS", 0.0)
+        monkeypatch.setenv("KFP_RUN_ID", f"44444444-{state}")
+        with tracking.step("calibrate", {}) as step:
+            pass
+        orphan = client.create_run(step.experiment_id, tags={PARENT: step.parent_id}).info.run_id
+        assert client.get_run(step.parent_id).info.status == "RUNNING"
+        assert close_run(state, "out of memory" if status == "FAILED" else "") == status
+        parent = client.get_run(step.parent_id)
+        assert parent.info.status == status
+        assert parent.data.tags.get("error") == ("out of memory" if status == "FAILED" else None)
+        assert client.get_run(step.run_id).info.status == "FINISHED"
+        assert client.get_run(orphan).info.status == "KILLED"
+
+    def test_none_is_made_to_be_ended(self, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+        client.create_experiment(os.environ["MLFLOW_EXPERIMENT_NAME"])
+        monkeypatch.setenv("KFP_RUN_ID", "55555555")
+        close_run("FAILED")
+        assert not runs(client)
 
     def test_in_the_experiment_that_the_environment_names(
         self, client: MlflowClient, monkeypatch: pytest.MonkeyPatch

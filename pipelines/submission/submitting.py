@@ -43,7 +43,7 @@ class Version:
 
 def check_namespace(server: Server, namespace: str) -> None:
     """Raises InputError where the server needs a namespace, or knows none."""
-    multi_user = bool(server.read(lambda api: api.get_kfp_healthz()).multi_user)
+    multi_user = bool(server.read(lambda api: api.healthzs.healthz_service_get_healthz()).multi_user)
     if multi_user and not namespace:
         raise InputError("this Kubeflow Pipelines has many users: say whose namespace with --namespace")
     if namespace and not multi_user:

@@ -5,7 +5,8 @@ Which run a step logs to, first that applies:
 
     MLFLOW_RUN_ID            the run that Kubeflow Pipelines' own integration made for this task; Kubeflow will end it
     MOEPRUNE_PARENT_RUN_ID   a run nested under that one, as `moeprune run` sets it
-    KFP_RUN_ID               a run nested under the one of this Kubeflow run, which the first step to come makes
+    KFP_RUN_ID               a run nested under the one of this Kubeflow run, which the first step to come makes, and
+                             `end_run_of_kubeflow` ends
     MLFLOW_TRACKING_URI      a run of its own
 """
 
@@ -34,6 +35,7 @@ _DEFAULT_EXPERIMENT = "moeprune"
 # The UI shows runs, metrics and figures first, not the evaluation of prompts.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _LONGEST_PARAM = 6000  # MLflow's limit
+_SECONDS_FOR_OTHERS = 3.0  # longer than MLflow takes to make a run
 _MOST_POINTS = 500  # of a curve; MLflow takes 1000 at once, and a screen shows no more
 
 
@@ -266,21 +268,69 @@ def _no_orphans(parent: TrackedRun) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        assert parent.client is not None
-        query = f"tags.`{_PARENT_TAG}` = '{parent.run_id}' and attributes.status = 'RUNNING'"
         with suppress(ServiceError), _plainly():
-            for run in parent.client.search_runs([parent.experiment_id], query):
-                parent.client.set_terminated(run.info.run_id, "KILLED")
+            _end_orphans(parent)
         raise
 
 
+def _end_orphans(parent: TrackedRun) -> None:
+    assert parent.client is not None
+    query = f"tags.`{_PARENT_TAG}` = '{parent.run_id}' and attributes.status = 'RUNNING'"
+    for run in parent.client.search_runs([parent.experiment_id], query):
+        parent.client.set_terminated(run.info.run_id, "KILLED")
+
+
 def _run_of_kubeflow(client: MlflowClient, experiment: str) -> str:
-    """The parent run of this Kubeflow run, made by whichever step comes first; empty outside Kubeflow."""
+    """The parent run of this Kubeflow run, made by whichever step comes first; empty outside Kubeflow.
+
+    Steps that come at once each make one. None looks again before what the others made can be seen, so that all choose
+    the same of them, whatever their clocks say, and the others are removed.
+    """
     kfp_run = os.environ.get(_KFP_RUN_VARIABLE)
     if not kfp_run:
         return ""
-    query = f"tags.`{_KFP_RUN_TAG}` = '{kfp_run}'"
-    found = client.search_runs([experiment], query, order_by=["attributes.start_time ASC"], max_results=1)
+    found = _runs_of_kubeflow(client, experiment, kfp_run)
     if found:
-        return found[0].info.run_id
-    return client.create_run(experiment, run_name=f"prune-{kfp_run[:8]}", tags={_KFP_RUN_TAG: kfp_run}).info.run_id
+        return found[0]
+    made = client.create_run(experiment, run_name=f"prune-{kfp_run[:8]}", tags={_KFP_RUN_TAG: kfp_run}).info.run_id
+    time.sleep(_SECONDS_FOR_OTHERS)
+    chosen = next(iter(_runs_of_kubeflow(client, experiment, kfp_run)), made)
+    if chosen != made:
+        client.delete_run(made)
+    return chosen
+
+
+def _runs_of_kubeflow(client: MlflowClient, experiment: str, kfp_run: str) -> list[str]:
+    """The parent runs that were made for a Kubeflow run, in an order that all steps see alike."""
+    found = client.search_runs([experiment], f"tags.`{_KFP_RUN_TAG}` = '{kfp_run}'")
+    return [run.info.run_id for run in sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))]
+
+
+def end_run_of_kubeflow(status: str, error: str = "") -> TrackedRun:
+    """End the parent run of this Kubeflow run, and what its steps had no time to end.
+
+    A run that Kubeflow's own integration made, or that no step has made, is left alone; what comes back then logs
+    nothing.
+
+    Args:
+        status: FINISHED, FAILED or KILLED.
+        error: what went wrong, for its tag.
+
+    Raises:
+        ServiceError: MLflow is configured and does not answer, or refuses.
+    """
+    kfp_run = os.environ.get(_KFP_RUN_VARIABLE)
+    if not is_configured() or not kfp_run:
+        return TrackedRun()
+    client = connect()
+    with _plainly():
+        experiment = _experiment(client)
+        found = _runs_of_kubeflow(client, experiment, kfp_run)
+        if not found:
+            return TrackedRun()
+        run = TrackedRun(client, found[0], experiment)
+        _end_orphans(run)
+    if error:
+        run.tags({"error": error[:500]})
+    run.end(status)
+    return run

@@ -73,7 +73,8 @@ def submit(
         str, typer.Option(help="where Kubeflow Pipelines itself is, for the kubeconfig's way")
     ] = "kubeflow",
     pipeline_name: Annotated[
-        str, typer.Option(metavar="NAME", help="of the pipeline on the server; default: moeprune-prune and so on")
+        str,
+        typer.Option(metavar="NAME", help="of the pipeline on the server; default: its own, such as moeprune-prune"),
     ] = "",
     experiment: Annotated[str, typer.Option(metavar="NAME", help="of Kubeflow, that the run belongs to")] = "moeprune",
     run_name: Annotated[str, typer.Option(metavar="NAME", help="default: the pipeline, the method and the time")] = "",
@@ -104,7 +105,7 @@ def submit(
     values = compiled.checked(values)
     if package is None:
         _check(compiled.with_defaults(values))
-    pipeline_name = pipeline_name or f"moeprune-{compiled.name.removeprefix('moeprune-')}"
+    pipeline_name = pipeline_name or compiled.name
     if dry_run:
         console.print(f"pipeline    {pipeline_name}, {len(compiled.text):,} bytes, sha256 {compiled.digest[:12]}")
         console.print(json.dumps(compiled.with_defaults(values), indent=2), highlight=False, markup=False)

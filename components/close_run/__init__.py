@@ -1,0 +1,3 @@
+from .component import close_run
+
+__all__ = ["close_run"]

@@ -1,0 +1,15 @@
+from kfp import dsl
+
+from ..image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def close_run(status: dsl.PipelineTaskFinalStatus) -> None:
+    """End the run's record in MLflow with the state that the pipeline ended in, whatever that is.
+
+    Args:
+        status: How the pipeline ended, from Kubeflow.
+    """
+    from moeprune.steps import close_run as step
+
+    step.close_run(status.state, status.error_message or "")
