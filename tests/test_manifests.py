@@ -355,6 +355,9 @@ class TestTraffic:
             # The nodes of a distillation are among themselves.
             ("gpu", "node", "node", 29500, True),
             ("gpu", "mlflow", "node", 29500, False),
+            ("gpu", "node", "1.2.3.4", 443, False),
+            ("gpu", "node", "mlflow", 5000, False),
+            ("dev", "node", "seaweedfs", 8333, False),
             # MLflow.
             ("dev", "mlflow", "postgres", 5432, True),
             ("dev", "mlflow", "seaweedfs", 8333, True),
@@ -454,8 +457,9 @@ def _matches(selector: Object, labels: dict[str, str]) -> bool:
     if not selector.get("matchLabels", {}).items() <= labels.items():
         return False
     for expression in selector.get("matchExpressions", []):
-        assert expression["operator"] == "In"
-        if labels.get(expression["key"]) not in expression["values"]:
+        key, operator = expression["key"], expression["operator"]
+        assert operator in ("In", "DoesNotExist")
+        if labels.get(key) not in expression["values"] if operator == "In" else key in labels:
             return False
     return True
 
