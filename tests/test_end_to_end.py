@@ -399,7 +399,7 @@ def test_a_process_whose_launcher_is_gone_ends(monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_best_state_is_what_is_kept(pair: Pair, tmp_path: Path) -> None:
     made = trained(
-        pair, tmp_path / "job", "logits=1", "experts", epochs=3, learning_rate=0.1, evaluations=9, patience=9
+        pair, tmp_path / "job", "logits=1", "experts", epochs=4, learning_rate=0.02, evaluations=8, patience=9
     )
     lowest = min(made.held_out, key=lambda step: made.held_out[step])
     assert made.better
