@@ -76,9 +76,9 @@ def continue_beside(path: Path, job: str) -> Iterator[Path]:
 
 @contextmanager
 def work_towards(path: Path, job: str, work: Path | None = None) -> Iterator[Path]:
-    """A directory for finished work on the way to `path`: removed when the block ends, kept when it raises or the process
-    is killed, and there again when the same job is begun anew. Whatever is to be at `path` is put there inside the
-    block. Otherwise as `continue_beside`.
+    """A directory for finished work on the way to `path`: removed when the block ends, kept when it raises or the
+    process is killed, and there again when the same job is begun anew. Whatever is to be at `path` is put there inside
+    the block. Otherwise as `continue_beside`.
 
     Args:
         work: keep it in a directory of this one instead of beside `path`; other jobs' work stays there.

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +22,7 @@ from moeprune.checkpoint.loading import Checkpoint
 from moeprune.errors import InputError
 from moeprune.evaluation.report import Quality
 from moeprune.fitting import Fitting
+from moeprune.peak_memory import peak_memory_bytes
 from moeprune.statistics.calibration import calibrate
 from moeprune.statistics.passes import InMemoryPass
 from moeprune.texts import Blocks
@@ -68,7 +67,7 @@ def _measure_here(
 ) -> Measured:
     torch.set_num_threads(threads)
     transformers_logging.disable_progress_bar()
-    baseline = _peak_memory_bytes()
+    baseline = peak_memory_bytes()
     model = checkpoint.load()
     quality: dict[str, Quality] = {}
     speeds: list[float] = []
@@ -79,7 +78,7 @@ def _measure_here(
         fitting.run(len(warm_up_BS), lambda rows: _logits(model, warm_up_BS[rows]))
         for blocks in data:
             quality[blocks.name] = _quality(model, blocks, batch_blocks, fitting, speeds)
-        peak = _peak_memory_bytes() - baseline
+        peak = peak_memory_bytes() - baseline
         expert_use = (
             {blocks.name: _expert_use(model, blocks, batch_blocks) for blocks in data} if with_expert_use else {}
         )
@@ -147,11 +146,3 @@ def _expert_use(model: PreTrainedModel, blocks: Blocks, batch_blocks: int) -> di
 def _wait_for_device() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _peak_memory_bytes() -> int:
-    """The peak of this process: on a GPU that of its allocator, otherwise of resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -23,6 +23,7 @@ from moeprune.distillation.layer_local.settings import Settings
 from moeprune.distillation.objective import DEFAULT, Objective
 from moeprune.distillation.parts import OF_A_LAYER, default_parts, parse_parts, trainable
 from moeprune.errors import InputError
+from moeprune.peak_memory import peak_memory_bytes
 from moeprune.plan import Plan
 from moeprune.progress import note, progress
 from moeprune.steps import machine
@@ -167,7 +168,7 @@ def _train(run: TrackedRun, job: Job, directory: Path, memory_limit: int | None)
         number = numbers[trained.learnt.layer]
         _tell_of_layer(run, number, trained.learnt)
         speed = trained.tokens / trained.seconds
-        run.metrics({"layer_tokens_per_second": speed, "memory_peak_mb": machine.peak_memory() / 1e6}, number)
+        run.metrics({"layer_tokens_per_second": speed, "memory_peak_mb": peak_memory_bytes() / 1e6}, number)
 
     with progress("distill") as on_step:
         train_layers(job, directory, memory_limit=memory_limit, on_step=on_step, on_layer=tell)

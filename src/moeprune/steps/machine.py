@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 
 import torch
 import transformers
@@ -40,14 +38,6 @@ def describe(dtype: str = "auto") -> dict[str, str]:
         "transformers": transformers.__version__,
         "moeprune": moeprune.__version__,
     }
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has had in memory, on its device."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
 
 
 def _device() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import resource
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from moeprune.errors import InputError
+from moeprune.peak_memory import peak_resident_bytes
 
 _EXPONENT = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 CONVERSION = 2.0  # bytes at once per byte brought in: while tensors are fused, the stored ones are there, too
@@ -39,8 +39,7 @@ def memory_in_use() -> int:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("RssAnon:")).split()[1]) << 10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
+    return peak_resident_bytes()
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from moeprune.peak_memory import peak_memory_bytes
 
 _EVENTS_NAME = "events.jsonl"
 LAUNCHER_VARIABLE = "MOEPRUNE_LAUNCHER"
@@ -136,14 +135,6 @@ class Telling(TrainerCallback):
         named |= {key.replace("eval_", "held_out_", 1): value for key, value in logs.items() if key.startswith("eval_")}
         if named:
             self._listener(Event(metrics=named, step=step))
-
-
-def peak_memory_bytes() -> int:
-    """The peak of this process: on a GPU that of its allocator, otherwise of resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _is_alive(process: int) -> bool:
