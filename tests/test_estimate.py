@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kfp.pipeline_spec.pipeline_spec_pb2 import ParameterType
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, Qwen3MoeConfig
@@ -33,10 +33,10 @@ from moeprune.estimation.expected_plan import expected_plan
 from moeprune.estimation.headers import describe
 from moeprune.estimation.machines import gpu as known_gpu
 from moeprune.estimation.needs.case import Case, forward
-from moeprune.estimation.requests import MARGIN, parameters, quantity
+from moeprune.estimation.requests import GROUPS, MARGIN, parameters, quantity
 from moeprune.estimation.statistics_size import bytes_of_stats
 from moeprune.estimation.units import in_bytes, in_time
-from moeprune.estimation.work import END_TO_END, Work
+from moeprune.estimation.work import END_TO_END, LAYER_LOCAL, Work
 from moeprune.plan import LayerPlan, Plan
 from moeprune.statistics.calibration import calibrate
 from moeprune.statistics.collectors import COLLECTORS
@@ -393,20 +393,47 @@ def test_times_for_people(seconds: float, shown: str) -> None:
     assert in_time(seconds) == shown
 
 
-def test_the_parameter_file_is_one_of_the_pipeline(qwen: Path) -> None:
+@pytest.mark.parametrize("how", [LAYER_LOCAL, END_TO_END])
+def test_the_parameter_file_is_one_of_the_pipeline(how: str, qwen: Path) -> None:
     from moeprune.pipelines.prune import prune
 
-    work = Work(budget=Budget(size=10**6), calibration_memory_limit=1 << 30, options={"recover": False})
-    asked = {field.name: getattr(work, field.name) for field in fields(Work)}
-    made = parameters(estimated(qwen, **asked), work)
+    work = Work(budget=Budget(size=10**6), calibration_memory_limit=1 << 30, options={"recover": False}, how=how)
+    made = parameters(estimated(qwen, "L4", **vars(work)), work)
     known = prune.pipeline_spec.root.input_definitions.parameters
     assert set(made) <= set(known)
+    for name, value in made.items():
+        assert isinstance(value, _TYPES[known[name].parameter_type]), name
     assert made["size"] == "1000000B"
     assert made["calibration_memory_limit"] == f"{1 << 30}B"
     assert made["baselines"] == ["reap", "frequency"]
     assert made["method_options"] == {"recover": False}
+    assert made["calibration_gpus"] == "1"
+    assert made["evaluation_memory"].endswith("Gi")
+    assert made.get("distillation_nodes", 0) == (how == END_TO_END)
     assert "ratio" not in made
     json.dumps(made)
+
+
+def test_what_is_asked_for_covers_every_step(large: Path) -> None:
+    """The heavy steps by their own requests, the light ones by what the pipeline always gives them."""
+    from moeprune.pipelines.placement import LIGHT_MEMORY
+
+    found = estimated(large)
+    made = parameters(found, Work())
+    for one in found.steps:
+        group = next((group for group, names in GROUPS.items() if one.name in names), "")
+        asked = made[f"{group}_memory"] if group else LIGHT_MEMORY
+        assert int(asked.removesuffix("Gi")) << 30 >= one.memory.value, one.name
+
+
+_TYPES = {
+    ParameterType.ParameterTypeEnum.STRING: str,
+    ParameterType.ParameterTypeEnum.NUMBER_INTEGER: int,
+    ParameterType.ParameterTypeEnum.NUMBER_DOUBLE: float,
+    ParameterType.ParameterTypeEnum.BOOLEAN: bool,
+    ParameterType.ParameterTypeEnum.LIST: list,
+    ParameterType.ParameterTypeEnum.STRUCT: dict,
+}
 
 
 def test_the_command_shows_and_writes(qwen: Path, run_cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

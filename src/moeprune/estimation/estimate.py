@@ -155,7 +155,7 @@ def _step(need: Need, machine: Machine) -> Step:
         name=need.step,
         pods=need.pods,
         gpus=gpus,
-        memory=Number.of(need.memory(on_gpu=machine.gpu_memory > 0)),
+        memory=Number.of(need.memory(gpus)),
         gpu_memory=Number.of(gpu_memory),
         disk=Number.of(need.disk),
         seconds=Number.of(_seconds(need, machine, gpus)),

@@ -6,15 +6,15 @@ import math
 from dataclasses import fields
 from typing import Any
 
-from moeprune.estimation.estimate import Estimate
-from moeprune.estimation.work import LAYER_LOCAL, Work
+from moeprune.estimation.estimate import Estimate, Step
+from moeprune.estimation.work import END_TO_END, Work
 
 MARGIN = 1.25  # over the estimate, part of which is assumed: who takes more memory than it asked for is ended
 _GIB = 1 << 30
 _NOT_THE_PIPELINES = {
     "budget", "options", "how", "evaluation_texts", "distillation_processes", "gradient_checkpointing",
 }  # fmt: skip
-_STEPS = {
+GROUPS = {  # of steps, by how the pipeline's parameters call them
     "calibration": ("calibrate",),
     "pruning": ("global-prune",),
     "distillation": ("distill",),
@@ -46,14 +46,26 @@ def parameters(estimate: Estimate, work: Work) -> dict[str, Any]:
 
 def _requests(estimate: Estimate, work: Work) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for group, names in _STEPS.items():
+    for group, names in GROUPS.items():
         steps = [step for step in estimate.steps if step.name in names]
-        if group == "distillation" and work.how != LAYER_LOCAL:
-            continue  # nodes of a TrainJob, which are asked for otherwise
+        if group == "distillation" and work.how == END_TO_END:
+            found |= _nodes(steps[0], work)
+            continue
         found[f"{group}_memory"] = quantity(max(step.memory.value for step in steps))
         if group != "merging":
-            found[f"{group}_gpus"] = max(step.gpus for step in steps)
+            found[f"{group}_gpus"] = str(max(step.gpus for step in steps))  # a text, as the pipeline has it
     return found
+
+
+def _nodes(step: Step, work: Work) -> dict[str, Any]:
+    """One node of a TrainJob that has all of the GPUs."""
+    training = {"epochs": work.distillation_epochs, "gradient_checkpointing": work.gradient_checkpointing}
+    return {
+        "distillation_nodes": 1,
+        "distillation_gpus_per_node": step.gpus,
+        "distillation_node_options": {"memory": quantity(step.memory.value)},
+        "distillation_training": training,
+    }
 
 
 def quantity(size: float) -> str:

@@ -32,10 +32,10 @@ from moeprune.streaming.paging import PagedModel
 from moeprune.streaming.room import memory_in_use, return_freed_memory
 from moeprune.streaming.streamed import StreamedPass
 
-_NOTED_IN_MEMORY = 1 << 30
+NOTED_IN_MEMORY = 1 << 30
 _SHARE_OF_LIMIT = 1 / 16  # of a memory limit, for what is noted of a layer
 _EXPERTS_AXES = 3  # of weights
-_COPIES = 5  # of what learns: its gradients, two moments, the best so far, and itself
+COPIES = 5  # of what learns: its gradients, two moments, the best so far, and itself
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class _Layers:
     def _expect_next(self) -> None:
         """Forget what was noted of a layer."""
         sequences, tokens = self._job.text.ids_BS.shape
-        limit = _NOTED_IN_MEMORY if self._limit is None else int(_SHARE_OF_LIMIT * self._limit)
+        limit = NOTED_IN_MEMORY if self._limit is None else int(_SHARE_OF_LIMIT * self._limit)
         memory = Memory(limit, self._scratch)
         self._given, self._output = Noted(sequences, tokens, memory), Noted(sequences, tokens, memory)
 
@@ -192,7 +192,7 @@ class _Layers:
         model = self._student.model
         learning = sum(model.get_parameter(name).nbytes for name in self._job.learning[layer])
         block = sum(parameter.nbytes for parameter in model.get_submodule(block_of(layer)).parameters())
-        needed = memory_in_use() + block + (_COPIES - 1) * learning
+        needed = memory_in_use() + block + (COPIES - 1) * learning
         if needed > self._limit:
             raise InputError(
                 f"a memory limit of {self._limit / (1 << 20):,.0f} MiB is too small to train {layer}, which takes at "

@@ -20,7 +20,7 @@ from moeprune.distillation.zeros import Zeros
 from moeprune.errors import InputError
 
 _WARM_UP = 0.05  # of the steps
-_LOOKS = 8  # times that it is seen how far it has got
+LOOKS = 8  # times that it is seen how far it has got
 _PATIENCE = 3  # times in a row that it may have got no better
 _NOTHING_LOST = 1e-9
 
@@ -138,7 +138,7 @@ class _Steps:
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
         self._pace = 1.0
         self._schedule = LambdaLR(self._optimizer, lambda step: self._pace * rate_at(step, steps))
-        self._looks = {-(-look * steps // _LOOKS) for look in range(1, _LOOKS + 1)}
+        self._looks = {-(-look * steps // LOOKS) for look in range(1, LOOKS + 1)}
         if sparse:
             Zeros(sparse).keep(self._optimizer)
 

@@ -21,7 +21,7 @@ from moeprune.errors import InputError
 from moeprune.recovery.say import roots
 from moeprune.statistics.observer import ExpertsCall, intercept
 
-_AT_ONCE = 16  # sequences, where all are looked at
+AT_ONCE = 16  # sequences, where all are looked at
 
 
 class Lesson:
@@ -54,7 +54,7 @@ class Lesson:
         self._objective = objective
         self._teacher, self._keep = teacher, keep
         self._device = next(block.parameters()).device
-        everything = [self._wanted(rows) for rows in torch.arange(sequences).split(_AT_ONCE)]
+        everything = [self._wanted(rows) for rows in torch.arange(sequences).split(AT_ONCE)]
         say = torch.cat(roots(everything, [torch.ones(len(part), dtype=torch.bool) for part in everything]))
         self._say_NS = say.view(sequences, -1)
         if not say.isfinite().all():
@@ -83,7 +83,7 @@ class Lesson:
     @torch.no_grad()
     def mean_error(self, rows: torch.Tensor) -> float:
         """The same over many sequences, some at a time."""
-        parts = rows.split(_AT_ONCE)
+        parts = rows.split(AT_ONCE)
         return sum(float(self.error(part)) * len(part) for part in parts) / len(rows)
 
     def _run_experts(self, call: ExpertsCall) -> torch.Tensor:

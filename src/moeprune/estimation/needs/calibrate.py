@@ -56,7 +56,7 @@ def need(case: Case) -> Need:
         pods=shards,
         computes=True,
         spreads=limit is None,
-        advice=_ADVICE if limit is None else "",
+        advice=_ADVICE if limit is None else "give a smaller --calibration-memory-limit",
     )
 
 
@@ -67,7 +67,7 @@ def _in_memory(case: Case, batch: int) -> tuple[Phase, ...]:
     passing = Amount.of(
         model, one_pass(case.original, batch, case.item), _inside(case, batch), _compared(case, batch), sums
     )
-    return Phase("loading", Amount.of(model, fusing), on_its_way(case, case.original)), Phase("passes", passing)
+    return Phase("loading", Amount.of(model, fusing), passing=on_its_way(case, case.original)), Phase("passes", passing)
 
 
 def _inside(case: Case, tokens: int) -> Term:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moeprune.estimation.amounts import NOTHING, Amount, Basis, Term
+from moeprune.estimation.amounts import Amount, Basis, Term
 from moeprune.estimation.anatomy import Anatomy
 from moeprune.estimation.machines import Machine
 from moeprune.estimation.statistics_size import bytes_of_stats
@@ -30,7 +30,6 @@ class Case:
         original, pruned: the model, and what the plan makes of it.
         plan: that the run carries out, or one of its size.
         is_here: whether the original's files need not be brought to a pod's disk to be loaded as a whole.
-        on_gpu: whether models compute on GPUs.
     """
 
     original: Anatomy
@@ -39,10 +38,6 @@ class Case:
     work: Work
     machine: Machine
     is_here: bool
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.machine.gpu_memory > 0
 
     @property
     def item(self) -> int:
@@ -82,8 +77,6 @@ def converting(model: Anatomy, item: int) -> Term:
 
 def on_its_way(case: Case, model: Anatomy) -> Amount:
     """A model that goes to a single GPU is in the pod's memory first."""
-    if not case.on_gpu:
-        return NOTHING
     return Amount.of(weights(model, case.item, "the model, on its way to a GPU"), converting(model, case.item))
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from moeprune.distillation.layer_local.job import HELD_OUT
-from moeprune.distillation.layer_local.layers import _COPIES as COPIES
-from moeprune.distillation.layer_local.layers import _NOTED_IN_MEMORY as NOTED_IN_MEMORY
-from moeprune.distillation.layer_local.learn import _LOOKS as LOOKS
-from moeprune.distillation.layer_local.lesson import _AT_ONCE as AT_ONCE
+from moeprune.distillation.layer_local.layers import COPIES, NOTED_IN_MEMORY
+from moeprune.distillation.layer_local.learn import LOOKS
+from moeprune.distillation.layer_local.lesson import AT_ONCE
 from moeprune.distillation.layer_local.settings import Settings
 from moeprune.errors import InputError
 from moeprune.estimation.amounts import Amount, Basis, Term
@@ -50,7 +49,7 @@ def need(case: Case) -> Need:
         moved=Amount.of(Term("the original, and a share of the pruned model", _moved(case))),
         pods=parts,
         computes=True,
-        advice=_ADVICE if limit is None else "",
+        advice=_ADVICE if limit is None else "give a smaller --distillation-memory-limit",
     )
 
 

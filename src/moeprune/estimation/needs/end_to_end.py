@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from moeprune.distillation.end_to_end.job import Training
 from moeprune.distillation.layer_local.job import HELD_OUT
-from moeprune.estimation.amounts import NOTHING, Amount, Basis, Term
+from moeprune.estimation.amounts import Amount, Basis, Term
 from moeprune.estimation.needs.case import FLOAT32, Case, converting, forward, weights
 from moeprune.estimation.needs.need import Need, Phase
 
@@ -38,7 +38,7 @@ def need(case: Case) -> Need:
     return Need(
         "distill",
         (
-            Phase("loading", Amount.of(teacher, student, fusing), Amount.of(student) if case.on_gpu else NOTHING),
+            Phase("loading", Amount.of(teacher, student, fusing), passing=Amount.of(student)),
             Phase("learning", Amount.of(teacher, student, *states), best),
         ),
         disk=Amount.of(

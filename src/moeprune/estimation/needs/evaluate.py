@@ -23,7 +23,7 @@ def need(case: Case) -> Need:
     passes = Amount.of(model, one_pass(original, rows * work.block_tokens, case.item), logits)
     servers = Amount.of(Term("the processes that start and measure", 2 * LIBRARIES, Basis.ASSUMED))
     phases = (
-        Phase("loading", Amount.of(model, fusing), servers + on_its_way(case, original)),
+        Phase("loading", Amount.of(model, fusing), servers, on_its_way(case, original)),
         Phase("measuring", passes, servers),
     )
     tokens = work.evaluation_texts * work.evaluation_blocks * work.block_tokens

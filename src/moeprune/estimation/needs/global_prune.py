@@ -56,7 +56,8 @@ def _trying(case: Case) -> Phase:
     tokens = case.work.trial_blocks * case.work.block_tokens
     model = weights(case.original, case.item, "the original")
     passing = Amount.of(model, converting(case.original, case.item), one_pass(case.original, tokens, case.item))
-    return Phase("trying", passing, Amount.of(Term("Stats", case.stats_bytes)))
+    stats = Amount.of(Term("Stats", case.stats_bytes))
+    return Phase("trying", passing, stats, on_its_way(case, case.original))
 
 
 def _recovering(case: Case) -> list[Phase]:
@@ -75,7 +76,7 @@ def _recovering(case: Case) -> list[Phase]:
     stored = Term("the fitted experts, as they are stored", case.pruned.routed * FLOAT32)
     stats = Amount.of(Term("Stats", case.stats_bytes))
     return [
-        Phase("loading the original", Amount.of(teacher), stats + on_its_way(case, case.original)),
+        Phase("loading the original", Amount.of(teacher), stats, on_its_way(case, case.original)),
         Phase("loading what stays", Amount.of(teacher, student, converting(case.pruned, FLOAT32)), stats),
         Phase("fitting", Amount.of(teacher, student, *fitting), stats),
         Phase("writing", Amount.of(teacher, student, stored), stats),

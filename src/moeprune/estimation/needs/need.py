@@ -18,11 +18,13 @@ class Phase:
     Attributes:
         device: where the model computes: on a GPU, or in the pod's memory where there is none.
         host: in the pod's memory in any case.
+        passing: in the pod's memory before it goes to a single GPU; to several it goes piece by piece.
     """
 
     name: str
     device: Amount = NOTHING
     host: Amount = NOTHING
+    passing: Amount = NOTHING
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,14 @@ class Need:
     processes: int = 1
     advice: str = ""
 
-    def memory(self, *, on_gpu: bool) -> Amount:
-        """Of a pod, at its peak."""
+    def memory(self, gpus: int) -> Amount:
+        """Of a pod with so many GPUs, at its peak."""
         libraries = Term("Python and the libraries", LIBRARIES * self.processes, Basis.MEASURED)
-        if not (on_gpu and self.computes):
+        if not gpus:
             return Amount.of(libraries) + largest([phase.host + phase.device for phase in self.phases])
         cuda = Term("CUDA's part of them", CUDA_HOST * self.processes, Basis.ASSUMED)
-        return Amount.of(libraries, cuda) + largest([phase.host for phase in self.phases])
+        held = [phase.host + (phase.passing if gpus == 1 else NOTHING) for phase in self.phases]
+        return Amount.of(libraries, cuda) + largest(held)
 
     def gpu_memory(self) -> Amount:
         """Of all its GPUs together, at its peak."""
