@@ -98,7 +98,7 @@ class TestKubernetesTakesThem:
 
     @overlays
     def test_custom_resources(self, overlay: str) -> None:
-        import jsonschema
+        import jsonschema  # type: ignore[import-untyped]
 
         known: dict[str, Callable[[Object], Any]] = {
             "ClusterTrainingRuntime": lambda it: strictly(models.TrainerV1alpha1ClusterTrainingRuntime, it),
@@ -610,6 +610,29 @@ class TestBackups:
         (tmp_path / "mlflow.dump").touch()
         with pytest.raises(SystemExit, match="or an empty one"):
             upload(tmp_path, "s3://backups", datetime.now(UTC))
+
+
+class TestDocs:
+    PAGE = (ROOT / "docs/cluster.md").read_text()
+
+    def test_name_what_there_is(self) -> None:
+        form = (ROOT / "docs/launch_form.md").read_text()
+        parameters = set(re.findall(r"--set (\w+)=", self.PAGE))
+        assert parameters
+        assert parameters <= set(re.findall(r"^\| `(\w+)`", form, re.MULTILINE))
+        for path in re.findall(r"(?<=[ `])(?:manifests|overlays|components|base)/[\w./-]+\w", self.PAGE):
+            assert (MANIFESTS / path.removeprefix("manifests/")).exists(), path
+
+    def test_list_every_secret_and_what_is_kept_in_the_store(self) -> None:
+        for _, namespace, name in [*_secrets("dev"), *_secrets("prod")]:
+            assert re.search(rf"^\| `{namespace}`, `{name}`", self.PAGE, re.MULTILINE), name
+        for it in render("prod"):
+            if it["kind"] == "ExternalSecret":
+                for entry in it["spec"]["data"]:
+                    (row,) = (
+                        row for row in self.PAGE.splitlines() if row.startswith(f"| `{entry['remoteRef']['key']}`")
+                    )
+                    assert f"`{entry['remoteRef']['property']}`" in row
 
 
 class TestGpus:
