@@ -343,6 +343,8 @@ class TestTraffic:
             ("prod", "task", "1.2.3.4", 443, True),
             ("dev", "task", "seaweedfs", 8333, True),
             ("dev", "task", "kubeflow-api", 8888, True),
+            ("prod", "kubeflow-ui", "artifact-proxy", 3000, True),
+            ("prod", "kubeflow-ui", "task", 3000, False),
             # A task, and what it does not need: databases, logins, other tasks, a cloud's own credentials.
             ("dev", "task", "postgres", 5432, False),
             ("dev", "task", "seaweedfs", 9333, False),
@@ -402,7 +404,9 @@ _PEERS = {  # namespace and labels
     "postgres": (MLFLOW, {"app.kubernetes.io/name": "postgres"}),
     "seaweedfs": (MLFLOW, {"app.kubernetes.io/name": "seaweedfs"}),
     "kubeflow-api": ("kubeflow", {"app": "ml-pipeline"}),
+    "kubeflow-ui": ("kubeflow", {"app": "ml-pipeline-ui"}),
     "kubeflow-other": ("kubeflow", {"app": "other"}),
+    "artifact-proxy": (RUNS, {"app": "ml-pipeline-ui-artifact"}),
     "ingress": ("ingress", {"app": "controller"}),
     "stranger": ("default", {}),
     "dns": ("kube-system", {"k8s-app": "kube-dns"}),
