@@ -289,6 +289,8 @@ class TestNamesLeadSomewhere:
         assert not any(it["metadata"]["name"] == "site" for it in objects)
         for value in yaml.safe_load((MANIFESTS / "overlays/prod/site.yaml").read_text())["data"].values():
             assert re.search(rf"(?<![\w.]){re.escape(value)}(?![\w.])", text), value
+        assert text.count("https://s3.eu-central-1.amazonaws.com") == 3, "MLflow, tasks and backups, each"
+        assert "us-east-1" not in text
         settings = find(objects, "ConfigMap", "mlflow", MLFLOW)["data"]
         (host,) = find(objects, "Ingress", "mlflow")["spec"]["tls"][0]["hosts"]
         assert settings["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")[0] == host
