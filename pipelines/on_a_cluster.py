@@ -29,12 +29,16 @@ VARIABLES = (
     "HF_TOKEN",
 )
 
-
+_USER = 1000  # of the image; any other works too
 VOLUME_PATH: str = Nodes.model_fields["volume_path"].default
 
 
 def use_services(task: Any) -> None:
-    """Give a task the variables above, and `KFP_RUN_ID`, by which steps of one run find each other in MLflow."""
+    """Give a task the variables above, and `KFP_RUN_ID`, by which steps of one run find each other in MLflow.
+
+    It is never root, and so may run where Kubernetes enforces the restricted standard.
+    """
+    kubernetes.set_security_context(task, run_as_user=_USER, run_as_non_root=True)
     kubernetes.use_secret_as_env(task, SECRET, {name: name for name in VARIABLES}, optional=True)
     kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
 
