@@ -30,6 +30,7 @@ from moeprune.checkpoint.loading import Checkpoint
 from moeprune.evaluation.measure import measure
 from moeprune.methods import find
 from moeprune.methods.sparse import UNSTRUCTURED
+from moeprune.plan import Plan
 from moeprune.steps.machine import quieten
 from moeprune.texts import read_blocks
 
@@ -70,7 +71,7 @@ class Bench:
         tried = ("--data", self._train, "--model", model) if find(row.method).tries else ()
         self._once(plan, "plan", "make", "--method", row.method, *amount, "--stats", stats, *settings, *tried)
         self._once(cut, "apply", "--model", model, "--plan", plan, "--stats", stats)
-        if not json.loads(plan.read_text()).get("recovery"):
+        if Plan.load(plan).recovery is None:
             return cut, plan
         self._once(recovered, "recover", "--model", model, "--pruned", cut, "--plan", plan, *text)
         return recovered, plan
