@@ -16,8 +16,7 @@ FROM ${BASE} AS build
 ENV PATH=/opt/moeprune/bin:${PATH} \
     PIP_CONFIG_FILE=/run/secrets/pip.conf \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PIP_NO_CACHE_DIR=1 \
-    PIP_NO_COMPILE=1
+    PIP_NO_CACHE_DIR=1
 WORKDIR /build
 RUN python3 -m venv /opt/moeprune
 COPY constraints.txt ./
@@ -27,12 +26,12 @@ COPY constraints.txt ./
 ARG TORCH=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl
 RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.crt \
-    pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}/${TORCH}"} torch \
+    pip install --no-compile --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}/${TORCH}"} torch \
     && python3 -c "import torch; got = 'cu' + torch.version.cuda.replace('.', '') if torch.version.cuda else 'cpu'; \
                    assert got == '${TORCH}', f'asked for PyTorch for ${TORCH}, got {got}; see TORCH_INDEX'"
 COPY --from=wanted requirements.txt ./
 RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.crt \
-    pip install --constraint constraints.txt --requirement requirements.txt
+    pip install --no-compile --constraint constraints.txt --requirement requirements.txt
 
 # What changes with every commit is a layer of its own, of a few megabytes.
 FROM build AS moeprune

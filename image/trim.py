@@ -22,6 +22,8 @@ TO_BUILD_WITH = (
 )
 TO_COMPILE_AGAINST = ("torch/include", "torch/share", "pyarrow/include", "pyarrow/src", "numpy/_core/include", "**/*.a")
 TO_TEST_WITH = ("**/tests", "torch/test", "torch/lib/libtorchbind_test.so", "torch/lib/lib*backend*.so", "torch/bin/*")
+# Arrow over the network: texts are read from files.
+NOT_CALLED = ("pyarrow/*flight*",)
 ONLY_SOURCES = ("**/*.pyx", "**/*.pxd", "**/*.c", "**/*.cpp", "**/*.cc", "**/*.h", "**/*.hpp")
 # torch's processes share tensors through it.
 KEPT = ("torch/bin/torch_shm_manager",)
@@ -35,6 +37,7 @@ def main(environment: Path) -> None:
         (packages, "to build with", TO_BUILD_WITH),
         (packages, "to compile against", TO_COMPILE_AGAINST),
         (packages, "to test with", TO_TEST_WITH),
+        (packages, "not called", NOT_CALLED),
         (packages, "only sources", ONLY_SOURCES),
         (environment, "commands", COMMANDS),
     ):
