@@ -618,6 +618,21 @@ class TestBackups:
             upload(tmp_path, "s3://backups", datetime.now(UTC))
 
 
+class TestTasks:
+    """The pods that a compiled pipeline asks for come into a namespace of ours."""
+
+    def test_are_not_root_in_any_pipeline(self) -> None:
+        files = sorted((ROOT / "pipelines/compiled").glob("*.yaml"))
+        assert files
+        for file in files:
+            _, platform = yaml.load_all(file.read_text(), yaml.CSafeLoader)
+            executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+            for name, executor in executors.items():
+                assert executor["securityContext"] == {"runAsNonRoot": True, "runAsUser": "1000"}, (
+                    f"{file.name}: {name}"
+                )
+
+
 class TestDocs:
     PAGE = (ROOT / "docs/cluster.md").read_text()
 
