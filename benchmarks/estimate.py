@@ -127,7 +127,6 @@ _WRITTEN = {
     "calibrate": ("Stats",),
     "merge-stats": ("their sum",),
     "global-prune": ("the pruned model", "2 baselines"),
-    "distill": ("what its layers have learnt",),
 }
 
 

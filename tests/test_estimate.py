@@ -251,7 +251,7 @@ def test_every_step_of_the_pipeline_is_estimated(qwen: Path) -> None:
 
 
 def _names(tasks: Any, components: Any) -> list[str]:
-    found = []
+    found: list[str] = []
     for name, task in tasks.items():
         inner = components[task.component_ref.name].dag.tasks
         found += _names(inner, components) if inner else [name]
@@ -259,7 +259,7 @@ def _names(tasks: Any, components: Any) -> list[str]:
 
 
 def test_shards_share_the_work_and_not_the_memory(qwen: Path) -> None:
-    work = {"calibration_blocks": 512, "method": "reap"}
+    work: dict[str, Any] = {"calibration_blocks": 512, "method": "reap"}
     alone = estimated(qwen, **work).step("calibrate")
     shared = estimated(qwen, **work, calibration_shards=4).step("calibrate")
     assert alone is not None
@@ -298,7 +298,7 @@ def test_a_limit_is_what_streaming_takes(qwen: Path) -> None:
 @pytest.mark.parametrize("which", ["calibration", "distillation"])
 def test_a_limit_that_is_too_small_is_refused(which: str, qwen: Path) -> None:
     with pytest.raises(InputError, match=f"a {which} memory limit of 600 MiB is too small"):
-        estimated(qwen, **{f"{which}_memory_limit": 600 << 20})
+        estimated(qwen, "L4", **{f"{which}_memory_limit": 600 << 20})
 
 
 @pytest.fixture(scope="module")

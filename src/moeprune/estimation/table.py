@@ -36,7 +36,7 @@ def show(estimate: Estimate, explain: Sequence[str] = ()) -> list[RenderableType
 
 
 def _models(estimate: Estimate) -> str:
-    lines = []
+    lines = [f"{estimate.model}, {estimate.method} {estimate.budget}; each pod: {estimate.machine}"]
     for name, model in (("original", estimate.original), ("pruned", estimate.pruned)):
         lines.append(
             f"{name:<9} {model.parameters / 1e9:,.3g} billion parameters, {model.active_parameters / 1e9:,.3g} of them "
@@ -58,7 +58,7 @@ def _notes(estimate: Estimate) -> str:
 def overview(estimate: Estimate) -> Table:
     """One row per step."""
     gpus = any(step.gpus for step in estimate.steps)
-    table = _table(f"{estimate.model}, {estimate.method} {estimate.budget}; each pod: {estimate.machine}")
+    table = _table()
     table.add_column("step")
     for title in ("pods", *(("GPUs", "GPU memory") if gpus else ()), "memory", "disk", "time"):
         table.add_column(title, justify="right")
@@ -95,7 +95,11 @@ def _bytes(number: Number) -> str:
     return in_bytes(number.value) + _MARK[number.basis] if number.value else "-"
 
 
-def _table(title: str) -> Table:
+def _table(title: str = "") -> Table:
     return Table(
-        title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
+        title=Text(title, style="bold") if title else None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
     )
