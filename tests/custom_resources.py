@@ -1,7 +1,7 @@
 """Schemas of the custom resources in manifests/ for which no package has one in Python: those of their fields that we
 use, written by hand after the operators' documentation, and no other field.
 
-ExternalSecret: external-secrets.io/v1 (External Secrets Operator 0.17 and later). Certificate: cert-manager.io/v1.
+ExternalSecret: external-secrets.io/v1 (External Secrets Operator 0.16 and later). Certificate: cert-manager.io/v1.
 """
 
 from __future__ import annotations
