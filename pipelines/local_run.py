@@ -16,6 +16,7 @@ from typing import Any, Protocol, TextIO
 
 from kfp import local
 from kfp.local import subprocess_task_handler
+from kfp.local.orchestrator import task_executor
 
 from moeprune.errors import MoepruneError
 from moeprune.services.signals import announced
@@ -98,6 +99,14 @@ def run_locally(
                 raise
 
 
+class _NoWaiting:
+    """In place of the `time` that `kfp.local` waits by before it tries a step again."""
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        pass
+
+
 class _Steps:
     """Stands where `kfp.local` starts a step, and where it logs."""
 
@@ -178,9 +187,10 @@ def _kfp_starts_processes(steps: _Steps) -> Iterator[None]:
 
 @contextmanager
 def _kfp_tells(steps: _Steps) -> Iterator[None]:
-    """Take over from `kfp.local` what it prints, logs and warns of."""
+    """Take over from `kfp.local` what it prints, logs and warns of, and how long it waits after a step has failed."""
     root, silent = logging.getLogger(), logging.NullHandler()
-    level = root.level
+    level, clock = root.level, task_executor.time
+    task_executor.time = _NoWaiting  # a step that failed here is not tried again
     root.addHandler(silent)  # without any, the first message would add one for standard error
     root.addFilter(steps)
     root.setLevel(logging.INFO)
@@ -189,6 +199,7 @@ def _kfp_tells(steps: _Steps) -> Iterator[None]:
             warnings.simplefilter("ignore")  # that the image may not be Python's: it is not used, or is ours
             yield
     finally:
+        task_executor.time = clock
         root.setLevel(level)
         root.removeFilter(steps)
         root.removeHandler(silent)

@@ -192,7 +192,7 @@ def prune(
             shard=share.shard,
             shards=calibration_shards,
             dtype=calibration_dtype,
-            memory_limit=calibration_memory_limit,
+            stay_below=calibration_memory_limit,
             **texts,
         )
     merged = merge_stats(parts=dsl.Collected(calibrated.outputs["stats"]))
@@ -237,7 +237,7 @@ def prune(
                 epochs=distillation_epochs,
                 part=part,
                 parts=distillation_shards,
-                memory_limit=distillation_memory_limit,
+                stay_below=distillation_memory_limit,
                 **texts,
             )
         in_tasks = merge_distilled(

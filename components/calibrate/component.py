@@ -17,7 +17,7 @@ def calibrate(
     shard: int = 0,
     shards: int = 1,
     dtype: str = "auto",
-    memory_limit: str = "",
+    stay_below: str = "",
     trust_remote_code: bool = False,
 ) -> None:
     """Run text through the model once and take down what its experts do.
@@ -38,7 +38,7 @@ def calibrate(
         shard: Which shard of the data to take, from 0.
         shards: How many shards there are; merge-stats adds up what they give.
         dtype: Of the model in memory: float32, bfloat16, or auto (bfloat16 on a GPU, float32 on a CPU).
-        memory_limit: A size such as 16GiB to stay below, whatever the model's: layers are brought in one at a time.
+        stay_below: A size such as 16GiB for its memory, whatever the model's: layers are brought in one at a time.
             Empty: the whole model is loaded.
         trust_remote_code: Run modelling code that the model brings along.
 
@@ -61,7 +61,7 @@ def calibrate(
         shard=shard,
         shards=shards,
         dtype=dtype,
-        memory_limit=memory_limit or None,
+        memory_limit=stay_below or None,
         trust_remote_code=trust_remote_code,
     )
     stats.metadata.update(model=model, data=data, tokens=collected.tokens, layers=len(collected.layers))

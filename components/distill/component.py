@@ -20,7 +20,7 @@ def distill(
     epochs: int = 4,
     part: int = 0,
     parts: int = 0,
-    memory_limit: str = "",
+    stay_below: str = "",
     how: str = "layer-local",
     training: dict = {},  # noqa: B006 (Kubeflow's way to say the default; never written to)
     trust_remote_code: bool = False,
@@ -45,10 +45,10 @@ def distill(
         part: Which part of the layers to train, from 0.
         parts: How many parts there are; each trains every so manieth layer, and merge-distilled makes the model of
             them. 0 to train all layers and write the model.
-        memory_limit: A size such as 16GiB to stay below, whatever the model's. Empty: there is no limit; layers are
+        stay_below: A size such as 16GiB for its memory, whatever the model's. Empty: there is no limit; layers are
             brought in one at a time all the same.
         how: layer-local, in the memory of a layer, by the inputs above; or end-to-end: the whole model in memory, by
-            those of training instead of objective, batch_blocks, learning_rate, epochs, part, parts and memory_limit.
+            those of training instead of objective, batch_blocks, learning_rate, epochs, part, parts and stay_below.
         training: Options of the training by name, as a JSON object, for example {"objective": "logits=1",
             "learning_rate": 1e-4, "processes": 8}: those of moeprune distill --how end-to-end.
         trust_remote_code: Run modelling code that the model brings along.
@@ -81,7 +81,7 @@ def distill(
             epochs=epochs,
             part=part,
             parts=parts,
-            memory_limit=memory_limit or None,
+            memory_limit=stay_below or None,
             **both,
         ).steps
     else:
