@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 import warnings
+from functools import cache
 from pathlib import Path
 
 from kfp import compiler
@@ -16,11 +17,16 @@ from moeprune.errors import InputError
 
 from .closing import closed
 from .prune import prune
+from .sweep import sweep
 
-PIPELINES = {"prune": closed(prune, "moeprune-prune", "moeprune: prune a Mixture-of-Experts for a domain")}
+PIPELINES = {
+    "prune": closed(prune, "moeprune-prune", "moeprune: prune a Mixture-of-Experts for a domain"),
+    "sweep": closed(sweep, "moeprune-sweep", "moeprune: many methods and ratios, and their Pareto front"),
+}
 _IMAGE = re.compile(r"[\w.-]+(:\d+)?(/[\w.-]+)*(:[\w.-]+)?(@sha256:[0-9a-f]{64})?")
 
 
+@cache
 def compiled(pipeline: str, image: str = IMAGE) -> str:
     """One of PIPELINES as YAML; the same source gives the same bytes.
 

@@ -17,8 +17,7 @@ from moeprune.pipelines.compile import PIPELINES, compiled
 from moeprune.pipelines.launch_form import page
 
 ROOT = Path(__file__).parent.parent
-LIGHT = {"prepare", "spread", "close-run", "distill-on-nodes"}
-LOOKS_AT_PARAMETERS = {"prepare", "spread"}  # says the same, however often it is asked
+LOOKS_AT_PARAMETERS = {"prepare", "combine", "spread"}  # says the same, however often it is asked
 POOLED = {"calibrate", "global-prune", "distill", "evaluate"}
 
 
@@ -116,7 +115,7 @@ def _texts(value: Any) -> Iterator[str]:
     for item in value.values():
         if isinstance(item, dict):
             yield from _texts(item)
-        else:
+        elif isinstance(item, str):
             yield item
 
 

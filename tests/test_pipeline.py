@@ -26,6 +26,8 @@ from moeprune.cli.run import run as run_command
 from moeprune.components.calibrate import calibrate
 from moeprune.components.close_run import close_run
 from moeprune.components.cluster import cluster
+from moeprune.components.combine import combine
+from moeprune.components.compare import compare
 from moeprune.components.distill import distill
 from moeprune.components.distill_on_nodes import distill_on_nodes
 from moeprune.components.evaluate import evaluate
@@ -261,13 +263,29 @@ class TestComponents:
             "shard": 1,
             "shards": 2,
             "dtype": "bfloat16",
-            "memory_limit": "3GiB",
+            "stay_below": "3GiB",
             "trust_remote_code": True,
         }
         stats = Artifact("stats")
         calibrate.python_func(model="M", data="D", stats=stats, **options)
+        options["memory_limit"] = options.pop("stay_below")
         assert calls == [{"model": "M", "data": "D", "out": stats.path, **options}]
         assert stats.metadata == {"model": "M", "data": "D", "tokens": 5, "layers": 2}
+
+    @pytest.mark.parametrize(
+        "component", [calibrate, cluster, distill, evaluate, global_prune, merge_distilled, promote]
+    )
+    def test_no_input_is_called_as_kubeflow_calls_resources(self, component: Any) -> None:
+        """Where a resource is a parameter of the pipeline, kfp gives a task an input of this name, in place of its own."""
+        resources = {
+            "cpu_limit",
+            "cpu_request",
+            "memory_limit",
+            "memory_request",
+            "accelerator_type",
+            "accelerator_count",
+        }
+        assert not resources & component.component_spec.inputs.keys()
 
     def test_prepare(self) -> None:
         cheap = ["gate", "probe_output", "routed_tokens"]
@@ -367,11 +385,12 @@ class TestComponents:
             "epochs": 2,
             "part": 1,
             "parts": 3,
-            "memory_limit": "2GiB",
+            "stay_below": "2GiB",
             "trust_remote_code": True,
         }
         distill.python_func(teacher="M", student=student, plan=plan, data="D", distilled=distilled, **options)
         given = {"teacher": "M", "student": student.path, "plan": plan.path, "data": "D", "out": distilled.path}
+        options["memory_limit"] = options.pop("stay_below")
         assert calls == [given | options]
         assert distilled.metadata == {"method": "m", "optimizer_steps": 2}
 
@@ -425,6 +444,24 @@ class TestComponents:
                 node_options={"memori": "64Gi"},
             )
 
+    def test_compare(self, called: Callable[..., list[dict[str, Any]]]) -> None:
+        calls = called("compare", SimpleNamespace(domain="law", front=[SimpleNamespace(name="reap 0.25")]))
+        reports = [Artifact("a", method="reap", ratio=0.25), Artifact("b", method="reap", ratio=0.5)]
+        out, page = Artifact("report"), Artifact("page")
+        assert compare.python_func(reports=reports, report=out, page=page) == ["reap 0.25"]
+        named = {"reap 0.25": "/artifacts/a", "reap 0.5": "/artifacts/b"}
+        assert calls == [{"reports": named, "out": out.path, "page_out": page.path}]
+        assert out.metadata == {"domain": "law", "front": "reap 0.25"}
+
+    def test_combine(self) -> None:
+        made = combine.python_func(["reap", "random"], [0.25, 0.5], {"random": {"seed": 3}})
+        assert [(it["method"], it["ratio"], it["options"]) for it in made] == [
+            ("reap", 0.25, {}),
+            ("reap", 0.5, {}),
+            ("random", 0.25, {"seed": 3}),
+            ("random", 0.5, {"seed": 3}),
+        ]
+
     @pytest.mark.parametrize("message", ["out of memory", None])
     def test_close_run(self, called: Callable[..., list[dict[str, Any]]], message: str | None) -> None:
         calls = called("close_run", "FAILED")
@@ -457,9 +494,10 @@ class TestComponents:
             "block_tokens": 3,
             "max_blocks": 4,
             "batch_blocks": 5,
+            "of_the_run": False,
             "trust_remote_code": True,
         }
-        pruned, distilled, clusters = map(Artifact, ("pruned", "distilled", "clusters"))
+        pruned, distilled, clusters = Artifact("pruned", method="m", ratio=0.5), Artifact("distilled"), Artifact("c")
         out, page, metrics = map(Artifact, ("report", "page", "metrics"))
         evaluate.python_func(
             original="M",

@@ -18,6 +18,7 @@ def evaluate(
     block_tokens: int = 256,
     max_blocks: int = 32,
     batch_blocks: int = 8,
+    of_the_run: bool = True,
     trust_remote_code: bool = False,
 ) -> None:
     """Measure the original and its candidates on the same held-out texts: quality, size, memory and speed.
@@ -33,6 +34,7 @@ def evaluate(
         block_tokens: Tokens per block.
         max_blocks: Blocks of each text at most.
         batch_blocks: Blocks per forward pass.
+        of_the_run: Whether the whole run is about these models, and is to show what was measured.
         trust_remote_code: Run modelling code that the models bring along.
 
     Returns:
@@ -57,6 +59,7 @@ def evaluate(
         block_tokens=block_tokens,
         max_blocks=max_blocks,
         batch_blocks=batch_blocks,
+        of_the_run=of_the_run,
         trust_remote_code=trust_remote_code,
     )
     best = measured.headline
@@ -65,4 +68,5 @@ def evaluate(
     metrics.log_metric("accuracy_share", best.quality[measured.domain].accuracy)
     metrics.log_metric("size_on_disk_share", measured.bytes_ratio(best))
     metrics.log_metric("throughput_share", measured.speed_ratio(best))
+    report.metadata.update({key: pruned.metadata[key] for key in ("method", "ratio") if key in pruned.metadata})
     report.metadata.update(domain=measured.domain, candidates=", ".join(c.name for c in measured.candidates))

@@ -18,6 +18,7 @@ def main() -> None:
     try:
         # Imported here since that takes seconds, in which Ctrl-C is to be answered, too.
         from moeprune.cli import (  # noqa: F401 (they add their commands)
+            compare,
             distill,
             estimate,
             experts,

@@ -15,6 +15,7 @@ from moeprune.errors import InputError
 from moeprune.methods import check_room, find, parse_options
 from moeprune.sources import format_sources, mixture_name, parse_sources
 from moeprune.statistics import LayerStats
+from moeprune.steps.combine import combine
 from moeprune.steps.machine import dtype_named, quieten
 from moeprune.streaming.room import parse_bytes
 from moeprune.texts import check_sequences, read_blocks
@@ -65,6 +66,13 @@ def check_values(arguments: dict[str, Any]) -> None:
     names = [mixture_name(text) for text in arguments["evaluation_data"]]
     if len(set(names)) < len(names):
         raise InputError(f"two texts to measure on have the same name ({', '.join(names)}); rename a file")
+
+
+def check_sweep(arguments: dict[str, Any]) -> None:
+    """Check the arguments of the sweep, whatever lies at the addresses. Raises InputError."""
+    for choice in combine(arguments["methods"], arguments["ratios"], arguments["method_options"]):
+        of_one = {"method": choice.method, "ratio": choice.ratio, "method_options": choice.options}
+        check_values(arguments | of_one | {"parameters_ratio": 0.0, "size": "", "baselines": []})
 
 
 def _budget(arguments: dict[str, Any]) -> Budget:

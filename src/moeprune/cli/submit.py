@@ -104,7 +104,7 @@ def submit(
     values |= parameter_file.parse(settings or [], compiled.parameters)
     values = compiled.checked(values)
     if package is None:
-        _check(compiled.with_defaults(values))
+        _check(pipeline, compiled.with_defaults(values))
     pipeline_name = pipeline_name or compiled.name
     if dry_run:
         console.print(f"pipeline    {pipeline_name}, {len(compiled.text):,} bytes, sha256 {compiled.digest[:12]}")
@@ -165,11 +165,11 @@ def _package(pipeline: str, file: Path | None, image: str) -> Any:
     return Package.parse(compiled(pipeline, image) if image else compiled(pipeline))
 
 
-def _check(arguments: dict[str, Any]) -> None:
+def _check(pipeline: str, arguments: dict[str, Any]) -> None:
     """What is known to be wrong with the values themselves; what lies at the addresses only the cluster sees."""
-    from moeprune.cli.checks import check_values
+    from moeprune.cli.checks import check_sweep, check_values
 
-    check_values(arguments)
+    {"prune": check_values, "sweep": check_sweep}[pipeline](arguments)
 
 
 def _require_kubeflow() -> None:

@@ -125,10 +125,9 @@ def quality_and_size(report: Report) -> Figure:
         loss = candidate.quality[report.domain].loss_nats
         if math.isfinite(loss):  # a model whose loss is not a number has no place on paper; the table says so
             points.append((index, short(candidate.name), candidate.bytes_on_disk / factor, loss))
-    front: list[tuple[float, float]] = []
-    for _, _, size, loss in sorted(points, key=lambda point: point[2:]):
-        if not front or loss < front[-1][1]:
-            front.append((size, loss))
+    front = [
+        (candidate.bytes_on_disk / factor, candidate.quality[report.domain].loss_nats) for candidate in report.front
+    ]
     figure = drawing.sheet(height=4.4)
     axes = figure.subplots()
     axes.plot([size for size, _ in front], [loss for _, loss in front], color=drawing.FAINT, linewidth=2.5, zorder=1)

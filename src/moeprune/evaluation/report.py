@@ -7,6 +7,7 @@ gate of promotion) reads this type and nothing else.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Literal, Self
 
@@ -115,6 +116,18 @@ class Report(_Record):
     def domains(self) -> list[str]:
         """The measured domains, the pruned-for one first."""
         return [self.domain, *(domain for domain in self.original.quality if domain != self.domain)]
+
+    @property
+    def front(self) -> list[Candidate]:
+        """The Pareto front of quality against size: those that no other is smaller and better than, by their size."""
+        found: list[Candidate] = []
+        for candidate in sorted(self.candidates, key=lambda it: (it.bytes_on_disk, self._loss(it))):
+            if math.isfinite(self._loss(candidate)) and (not found or self._loss(candidate) < self._loss(found[-1])):
+                found.append(candidate)
+        return found
+
+    def _loss(self, candidate: Candidate) -> float:
+        return candidate.quality[self.domain].loss_nats
 
     def candidate(self, name: str) -> Candidate:
         """The candidate of that name. Raises InputError with the known names."""

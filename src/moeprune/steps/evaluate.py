@@ -52,6 +52,7 @@ def evaluate(
     block_tokens: int = 256,
     max_blocks: int = 32,
     batch_blocks: int = BATCH_BLOCKS,
+    of_the_run: bool = True,
     trust_remote_code: bool = False,
 ) -> Report:
     """Measure models on texts and put the Report at `out`, its page at `page_out`.
@@ -62,6 +63,7 @@ def evaluate(
         domain: name of the pruned-for domain, if it is not the first text.
         clusters: of the original; the page then shows them.
         max_blocks: of each text.
+        of_the_run: whether the whole run is about these models; what was measured is then logged to it, too.
 
     Raises:
         InputError: nothing to measure, two things of the same name, or models with different vocabularies.
@@ -103,7 +105,7 @@ def evaluate(
         drawn = figures.all_of(report, similarity, _keep(checkpoints))
         if page_path:
             page.write(page_path, report, drawn, _about(report, checkpoints))
-        _log(run, report, report_path, page_path, {title: figure for title, (figure, _) in drawn.items()})
+        log(run, report, page_path, drawn, of_the_run=of_the_run)
         return report
 
 
@@ -180,10 +182,14 @@ def _about(report: Report, checkpoints: dict[str, Checkpoint]) -> dict[str, str]
     } | {f"option {name}": str(value) for name, value in plan.options.items()}
 
 
-def _log(
-    run: TrackedRun, report: Report, report_path: Path, page_path: Path | None, drawn: dict[str, figures.Figure]
+def log(
+    run: TrackedRun, report: Report, page_path: Path | None, drawn: page.Figures, *, of_the_run: bool = True
 ) -> None:
-    """Metrics go to the step's run and to the pipeline's, where runs are compared; figures and files to the latter."""
+    """Metrics go to the step's run; they, figures and files to the pipeline's, where runs are compared.
+
+    What the run is not about as a whole (`of_the_run`) goes to the step's alone.
+    """
+    whole = run.parent if of_the_run else run
     for candidate in report.candidates:
         values = {
             "parameters": candidate.parameters,
@@ -200,12 +206,12 @@ def _log(
             }
         named = {f"{candidate.name}.{key}": value for key, value in values.items()}
         run.metrics(named)
-        if run.parent_id:
-            run.parent.metrics(named)
+        if whole.run_id != run.run_id:
+            whole.metrics(named)
     for data in report.data:
         run.dataset(data.name, data.address, data.fingerprint, "evaluation", data.tokens)
-    for title, figure in drawn.items():
-        run.parent.figure(figure, re.sub(r"\W+", "_", title.lower()))
-    run.parent.text(json.dumps(report.model_dump(mode="json"), indent=1), "report.json")
+    for title, (figure, _) in drawn.items():
+        whole.figure(figure, re.sub(r"\W+", "_", title.lower()))
+    whole.text(json.dumps(report.model_dump(mode="json"), indent=1), "report.json")
     if page_path:
-        run.parent.text(page_path.read_text(), "report.html")
+        whole.text(page_path.read_text(), "report.html")

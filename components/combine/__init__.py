@@ -1,0 +1,3 @@
+from .component import combine
+
+__all__ = ["combine"]

@@ -1,0 +1,3 @@
+from .component import compare
+
+__all__ = ["compare"]
