@@ -12,6 +12,7 @@ from typing import Any
 from kfp import kubernetes
 
 HOUR = 3600
+USER = 1000  # of the image
 # What only passes on what others made.
 LIGHT_CPUS, LIGHT_MEMORY, LIGHT_HOURS = "500m", "2Gi", 1
 
@@ -57,5 +58,6 @@ def _place(task: Any, cpus: Any, memory: Any, hours: int) -> None:
     # No limit on CPUs: a process that is throttled waits for its own threads. Memory has one, for the neighbours' sake.
     task.set_cpu_request(cpus).set_memory_request(memory).set_memory_limit(memory)
     kubernetes.set_timeout(task, hours * HOUR)
+    kubernetes.set_security_context(task, run_as_user=USER, run_as_non_root=True)
     kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "moeprune")
     kubernetes.add_pod_label(task, "app.kubernetes.io/component", task.name)

@@ -124,6 +124,7 @@ def test_every_pod_says_what_it_needs_whose_it_is_and_when_it_ends(spec: dict[st
         resources = spec["deploymentSpec"]["executors"][f"exec-{name}"]["container"]["resources"]
         assert resources["resourceCpuRequest"]
         assert resources["resourceMemoryRequest"] == resources["resourceMemoryLimit"]
+        assert pods[name]["securityContext"] == {"runAsNonRoot": True, "runAsUser": "1000"}
         labels = pods[name]["podMetadata"]["labels"]
         assert labels == {"app.kubernetes.io/part-of": "moeprune", "app.kubernetes.io/component": name}
         assert ("activeDeadlineSeconds" in pods[name]) == (name != "distill-on-nodes")
@@ -145,6 +146,7 @@ def test_what_can_be_lost_is_tried_again_later_and_what_cannot_is_not(spec: dict
         if name in LOOKS_AT_PARAMETERS:
             assert policy is None
         else:
+            assert policy is not None, name
             assert policy["maxRetryCount"] > 0, name
             assert policy["backoffFactor"] > 1
             assert policy["backoffDuration"] != "0s"

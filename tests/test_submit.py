@@ -229,7 +229,7 @@ class TestTokens:
     def test_one_that_expired_is_read_again(self, submit: Run, kubeflow: PipelinesApi, token: Path) -> None:
         """It is replaced between our reading it and the server's look at it."""
         kubeflow.tokens = {"second"}
-        kubeflow.on_unauthorized = lambda: token.write_text("second")  # type: ignore[assignment,return-value]
+        kubeflow.on_unauthorized = lambda: token.write_text("second")  # type: ignore[assignment]
         assert submit()[0] == 0
         assert len(kubeflow.runs) == 1
         assert kubeflow.requests[:2] == ["GET /healthz", "GET /healthz"]
@@ -244,7 +244,7 @@ class TestTokens:
             kubeflow.tokens = {"second"}
 
         kubeflow.on_look = look
-        kubeflow.on_unauthorized = lambda: token.write_text("second")  # type: ignore[assignment,return-value]
+        kubeflow.on_unauthorized = lambda: token.write_text("second")  # type: ignore[assignment]
         code, out, _ = submit("--wait")
         assert code == 0
         assert "succeeded" in out

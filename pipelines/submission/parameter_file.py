@@ -14,7 +14,7 @@ from moeprune.errors import InputError, in_one_line
 from .package import Parameter
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number, as in JSON and in YAML 1.2, and no name comes twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

@@ -60,7 +60,7 @@ class Address:
         return f"{(self.ui or self.host).rstrip('/')}/#/{path}"
 
 
-class _Client(kfp.Client):  # type: ignore[misc]
+class _Client(kfp.Client):
     def get_kfp_healthz(self, sleep_duration: int = 5) -> V2beta1GetHealthzResponse:
         """kfp asks while it is made, for a namespace to keep in the home directory; ours is said each time."""
         return V2beta1GetHealthzResponse(multi_user=False)

@@ -136,12 +136,14 @@ def _pipeline(server: Server, name: str, namespace: str) -> V2beta1Pipeline | No
 
 def _version(server: Server, pipeline_id: str, name: str) -> V2beta1PipelineVersion | None:
     page = ""
-    while True:
-        listed = server.read(
-            lambda api, page=page: api.pipelines.pipeline_service_list_pipeline_versions(
-                pipeline_id, page_token=page, page_size=_PAGE, sort_by="created_at desc"
-            )
+
+    def list_page(api: Any) -> Any:
+        return api.pipelines.pipeline_service_list_pipeline_versions(
+            pipeline_id, page_token=page, page_size=_PAGE, sort_by="created_at desc"
         )
+
+    while True:
+        listed = server.read(list_page)
         for version in listed.pipeline_versions or []:
             if version.name == name:
                 return version
