@@ -27,7 +27,8 @@ NOT_CALLED = ("pyarrow/*flight*",)
 ONLY_SOURCES = ("**/*.pyx", "**/*.pxd", "**/*.c", "**/*.cpp", "**/*.cc", "**/*.h", "**/*.hpp")
 # torch's processes share tensors through it.
 KEPT = ("torch/bin/torch_shm_manager",)
-COMMANDS = ("bin/pip*", "bin/[Aa]ctivate*")
+# Not below site-packages.
+BESIDE = ("bin/pip*", "bin/[Aa]ctivate*", "include")
 
 
 def main(environment: Path) -> None:
@@ -39,7 +40,7 @@ def main(environment: Path) -> None:
         (packages, "to test with", TO_TEST_WITH),
         (packages, "not called", NOT_CALLED),
         (packages, "only sources", ONLY_SOURCES),
-        (environment, "commands", COMMANDS),
+        (environment, "beside the packages", BESIDE),
     ):
         freed = sum(remove(path) for path in _found(root, patterns) if path not in kept)
         sys.stdout.write(f"{kind}: {freed / 1e6:.0f} MB removed\n")

@@ -94,14 +94,16 @@ def test_trim(tmp_path: Path) -> None:
     for name in [*kept, *gone]:
         (packages / name).parent.mkdir(parents=True, exist_ok=True)
         (packages / name).write_text("text")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "pip3").write_text("text")
+    for name in ("bin", "include"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pip3").write_text("text")
     said = subprocess.run(
         [sys.executable, str(IMAGE / "trim.py"), str(tmp_path)], capture_output=True, text=True, check=True
     ).stdout
     left = {str(path.relative_to(packages)) for path in packages.rglob("*") if path.is_file()}
     assert left == set(kept)
     assert not list((tmp_path / "bin").iterdir())
+    assert not (tmp_path / "include").exists()
     assert "to build with: 0 MB removed" in said
 
 
