@@ -391,6 +391,11 @@ class TestTraffic:
         assert _may_talk(render(overlay), source, target, port) == may
 
     @overlays
+    def test_pods_are_labelled_as_the_policies_think(self, overlay: str) -> None:
+        known = [labels for namespace, labels in _PEERS.values() if namespace == MLFLOW]
+        assert all(of.labels in known for of in pods(render(overlay)) if of.namespace == MLFLOW)
+
+    @overlays
     def test_everything_finds_names(self, overlay: str) -> None:
         for source in ("task", "node", "mlflow", "migration"):
             assert _may_talk(render(overlay), source, "dns", 53), source
