@@ -46,7 +46,7 @@ from moeprune.promotion import Verdict
 from moeprune.services.signals import announced
 from moeprune.statistics import Stats
 from moeprune.steps.evaluate import models_in
-from moeprune.train_job import Nodes
+from moeprune.train_job import Nodes, OnNodes
 from moeprune.train_job.pod import POD_VARIABLE
 
 REUSABLE = {"prepare", "calibrate", "merge-stats", "cluster"}
@@ -398,7 +398,7 @@ class TestComponents:
         assert calls == [given | {"trust_remote_code": True}]
         assert distilled.metadata == {"method": "m", "optimizer_steps": 2}
 
-    def test_distill_on_nodes(self, called: Callable[..., list[dict[str, Any]]]) -> None:
+    def test_distill_on_nodes(self, called: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
         calls = called("distill_end_to_end", SimpleNamespace(curve={1: 0.5, 7: 0.4}))
         student, plan, distilled = Artifact("student", method="m"), Artifact("plan"), Artifact("distilled")
         options = {"train": "all", "text_field": "body", "block_tokens": 3, "max_blocks": 4, "trust_remote_code": True}
@@ -410,14 +410,16 @@ class TestComponents:
             distilled=distilled,
             nodes=3,
             volume="work",
-            volume_path="/there",
+            volume_path=str(tmp_path),
             gpus_per_node=8,
             node_options={"memory": "64Gi"},
             training={"objective": "text=1", "learning_rate": 1e-5},
             **options,
         )
         (call,) = calls
-        assert call.pop("nodes") == Nodes.of(count=3, volume="work", volume_path="/there", gpus=8, memory="64Gi")
+        assert call.pop("elsewhere") == OnNodes(
+            Nodes.of(count=3, volume="work", volume_path=str(tmp_path), gpus=8, memory="64Gi")
+        )
         assert call.pop("training") == {"learning_rate": 1e-5}
         given = {"teacher": "M", "student": student.path, "plan": plan.path, "data": "D", "out": distilled.path}
         assert call == given | options | {"objective": "text=1"}

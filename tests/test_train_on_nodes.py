@@ -21,13 +21,13 @@ from masking import draws, plain_logits
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.surgery import apply
 from moeprune.distillation.end_to_end.job import Job, Text, Training
-from moeprune.distillation.end_to_end.on_nodes import train_on_nodes
 from moeprune.distillation.end_to_end.processes import failure_file
 from moeprune.distillation.end_to_end.telling import Event, EventFile
 from moeprune.distillation.end_to_end.training import Outcome
 from moeprune.errors import InputError, ServiceError
 from moeprune.steps.distill_end_to_end import distill_end_to_end
-from moeprune.train_job import DEFAULT_RUNTIME, Cluster, Nodes
+from moeprune.train_job import DEFAULT_RUNTIME, Cluster, Nodes, OnNodes
+from moeprune.train_job.training import train_on_nodes
 
 NODES = 1  # it takes as long to start one as all else together; more find each other by the same variables
 
@@ -159,7 +159,7 @@ class TestTrainOnNodes:
                 str(job.plan),
                 str(data),
                 str(out),
-                nodes=nodes,
+                elsewhere=OnNodes(nodes),
                 block_tokens=16,
                 max_blocks=10,
                 batch_blocks=4,
@@ -240,9 +240,9 @@ class TestTrainOnNodes:
     def test_a_volume_that_is_not_mounted_here(self, job: Job, nodes: Nodes, tmp_path: Path) -> None:
         absent = nodes.model_copy(update={"volume_path": str(tmp_path / "absent")})
         with pytest.raises(InputError, match=r"volume work is not here.*absent"):
-            distill_end_to_end("T", "S", "P", "D", str(tmp_path / "out"), nodes=absent)
+            distill_end_to_end("T", "S", "P", "D", str(tmp_path / "out"), elsewhere=OnNodes(absent))
         with pytest.raises(InputError, match="for one machine"):
-            distill_end_to_end("T", "S", "P", "D", str(tmp_path / "out"), nodes=nodes, processes=2)
+            distill_end_to_end("T", "S", "P", "D", str(tmp_path / "out"), elsewhere=OnNodes(nodes), processes=2)
 
     def test_a_teacher_elsewhere_is_copied_once(self, api: KubernetesApi, job: Job, nodes: Nodes) -> None:
         copy = job.directory / "models" / "teacher" / "config.json"

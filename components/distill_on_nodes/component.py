@@ -51,7 +51,7 @@ def distill_on_nodes(
         Output: Where that is.
     """
     from moeprune.steps import distill_end_to_end as step
-    from moeprune.train_job import Nodes
+    from moeprune.train_job import Nodes, OnNodes
 
     outcome = step.distill_end_to_end(
         teacher,
@@ -59,7 +59,9 @@ def distill_on_nodes(
         plan.path,
         data,
         distilled.path,
-        nodes=Nodes.of(count=nodes, gpus=gpus_per_node, volume=volume, volume_path=volume_path, **node_options),
+        elsewhere=OnNodes(
+            Nodes.of(count=nodes, gpus=gpus_per_node, volume=volume, volume_path=volume_path, **node_options)
+        ),
         train=train,
         text_field=text_field,
         block_tokens=block_tokens,

@@ -12,7 +12,6 @@ from moeprune.distillation.end_to_end.job import Training
 from moeprune.distillation.layer_local.settings import Settings
 from moeprune.distillation.objective import DEFAULT, ERRORS
 from moeprune.distillation.parts import PARTS
-from moeprune.train_job import Nodes
 
 if TYPE_CHECKING:
     from moeprune.steps.distill import Distilled
@@ -144,10 +143,11 @@ def distill(
     both |= _given(of_both)
     if how == END_TO_END:
         from moeprune.steps.distill_end_to_end import distill_end_to_end
+        from moeprune.train_job import Nodes, OnNodes
 
         _refuse_given(of_layers, how)
-        machines = Nodes.load(nodes) if nodes else None
-        outcome = distill_end_to_end(teacher, student, plan, data, out, nodes=machines, **both, **_given(of_whole))
+        elsewhere = OnNodes(Nodes.load(nodes)) if nodes else None
+        outcome = distill_end_to_end(teacher, student, plan, data, out, elsewhere=elsewhere, **both, **_given(of_whole))
         told = f"the loss on text held out: {outcome.before:.4f} -> {outcome.after:.4f}"
     elif how == LAYER_LOCAL:
         from moeprune.steps import distill as step

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from moeprune import places, tracking
 from moeprune.atomic import refuse_to_overwrite
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.distillation.checks import check_pair, check_tokenizers
-from moeprune.distillation.end_to_end.distilling import distill_whole
+from moeprune.distillation.end_to_end.distilling import Elsewhere, distill_whole
 from moeprune.distillation.end_to_end.job import Text, Training
-from moeprune.distillation.end_to_end.on_nodes import train_on_nodes
 from moeprune.distillation.end_to_end.telling import Event, Listener
 from moeprune.distillation.end_to_end.training import Outcome
 from moeprune.distillation.layer_local.job import Text as Split
@@ -27,7 +25,6 @@ from moeprune.progress import Advance, note, progress
 from moeprune.steps import machine
 from moeprune.texts import read_blocks
 from moeprune.tracking import TrackedRun
-from moeprune.train_job import Nodes
 
 OBJECTIVE = "logits=1"
 _LABELS = {"teacher": "teacher", "train": "distill"}
@@ -46,7 +43,7 @@ def distill_end_to_end(
     block_tokens: int = 256,
     max_blocks: int = 384,
     work: str | None = None,
-    nodes: Nodes | None = None,
+    elsewhere: Elsewhere | None = None,
     trust_remote_code: bool = False,
     **training: Any,
 ) -> Outcome:
@@ -57,21 +54,20 @@ def distill_end_to_end(
     Args:
         objective: what the student is asked for (`Objective.parse`).
         train: what learns (`parts.parse_parts`); by default what the plan left of experts and routers.
-        work: directory in which states are kept on the way; by default beside `out`, or on the nodes' volume.
-        nodes: of a cluster, which train in place of this machine.
+        work: directory in which states are kept on the way; by default beside `out`, or where those elsewhere reach it.
+        elsewhere: who trains in place of this machine.
         training: options of `Training`.
 
     Raises:
         InputError: plan, teacher, student and tokenizers do not fit together, nothing can be learnt as asked for, or
             training diverged before anything got better.
-        ServiceError: the cluster refuses, or the nodes or processes ended without a result.
+        ServiceError: those elsewhere cannot be had, or the processes ended without a result.
     """
     machine.quieten()
     how, asks = Training.of(**training), Objective.parse(objective)
     chosen = parse_parts(train) if train else None
-    if nodes:
-        _refuse_without_volume(nodes, how)
-        work = work or nodes.volume_path
+    if elsewhere and how.processes > 1:
+        raise InputError("`processes` is for one machine; those elsewhere say themselves how many they are")
     params = {
         "how": "end-to-end",
         "teacher": teacher,
@@ -81,7 +77,7 @@ def distill_end_to_end(
         "objective": str(asks),
         "train": train or "default",
         **how.model_dump(),
-        **({f"nodes.{name}": value for name, value in nodes.model_dump().items()} if nodes else {}),
+        **(elsewhere.told if elsewhere else {}),
     }
     with (
         tracking.step("distill", params | machine.describe()) as run,
@@ -113,24 +109,13 @@ def distill_end_to_end(
                 parts=chosen or default_parts(decided),
                 training=how,
                 listener=listener,
-                trains=partial(train_on_nodes, nodes=nodes) if nodes else None,
-                processes=nodes.processes if nodes else 0,
+                elsewhere=elsewhere,
                 work=Path(work) if work else None,
             )
         seconds = time.monotonic() - started
         run.metrics({"seconds": seconds, "held_out_loss_before": outcome.before, "held_out_loss_after": outcome.after})
         _warn(outcome, path)
         return outcome
-
-
-def _refuse_without_volume(nodes: Nodes, how: Training) -> None:
-    if how.processes > 1:
-        raise InputError("`processes` is for one machine; how many the nodes have follows from their GPUs")
-    if not Path(nodes.volume_path).is_dir():
-        raise InputError(
-            f"the nodes' volume {nodes.volume} is not here: whoever starts them must mount it, too, at "
-            f"{nodes.volume_path}"
-        )
 
 
 @contextmanager

@@ -8,6 +8,6 @@ trainer        our loss, our judging, our states; `modes`, in which mode a stude
 keeping        what lies on disk meanwhile
 training       one process's share, from the job to the weights
 telling        what it says of itself while it runs
-processes      several processes on this machine; `on_nodes`, on those of a cluster
+processes      several processes on this machine
 distilling     from checkpoint to checkpoint
 """

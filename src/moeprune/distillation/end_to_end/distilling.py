@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -26,7 +27,23 @@ from moeprune.plan import Plan
 
 _VERSION = 1  # another for every change of what a training makes; what another release has begun is then begun anew
 
-Trains = Callable[[Job, Listener], Outcome]
+
+class Elsewhere(Protocol):
+    """Who does a job in place of this machine."""
+
+    @property
+    def processes(self) -> int:
+        """In how many processes."""
+
+    @property
+    def work(self) -> Path:
+        """A directory that they reach as this process does."""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What those who read of the run want to know of them, by name."""
+
+    def __call__(self, job: Job, listener: Listener) -> Outcome: ...
 
 
 def distill_whole(
@@ -40,8 +57,7 @@ def distill_whole(
     parts: Collection[str],
     training: Training,
     listener: Listener,
-    trains: Trains | None = None,
-    processes: int = 0,
+    elsewhere: Elsewhere | None = None,
     work: Path | None = None,
 ) -> Outcome:
     """Train a student as a whole and write the best of it to `out`; where nothing got better, the student as it was.
@@ -52,18 +68,19 @@ def distill_whole(
         plan: that made the student of the teacher (`checks.check_pair`).
         parts: what learns.
         listener: told how far it is.
-        trains: who does the job; by default this process, or as many as `training` says.
-        processes: how many processes that is, where others do it.
-        work: directory to keep states in; by default beside `out`.
+        elsewhere: who does the job; by default this process, or as many as `training` says.
+        work: directory to keep states in; by default beside `out`, or where those elsewhere reach it.
 
     Raises:
         InputError: nothing can be trained so, or it diverged.
         ServiceError: the processes ended without a result.
     """
-    processes = processes or training.processes
+    processes = elsewhere.processes if elsewhere else training.processes
     parts = sorted(parts)
     refuse_what_cannot_be(teacher, student, plan, text, objective, parts, training, processes)
-    trains = trains or (train if processes == 1 else train_in_processes)
+    trains = elsewhere or (train if processes == 1 else train_in_processes)
+    if elsewhere and work is None:
+        work = elsewhere.work
     name = _name(teacher, student, plan, text, objective, parts, training, processes)
     with work_towards(out, name, work) as kept:
         plan.save(kept / "plan.json")

@@ -6,18 +6,56 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moeprune.atomic import build_beside
+from moeprune.distillation import end_to_end
 from moeprune.distillation.end_to_end.job import Job
 from moeprune.distillation.end_to_end.processes import failure_file, why_it_failed
 from moeprune.distillation.end_to_end.telling import EventFile, Listener
 from moeprune.distillation.end_to_end.training import Outcome
 from moeprune.errors import InputError, ServiceError
-from moeprune.train_job import Cluster, Nodes, job_name, run_train_job
+from moeprune.train_job.cluster import Cluster
+from moeprune.train_job.manifest import job_name
+from moeprune.train_job.nodes import Nodes
+from moeprune.train_job.running import run_train_job
 
 _RUN_VARIABLE = "KFP_RUN_ID"
+
+
+@dataclass(frozen=True)
+class OnNodes:
+    """The nodes that do a job in place of this machine (`distilling.Elsewhere`).
+
+    Raises:
+        InputError: their volume is not mounted here.
+    """
+
+    nodes: Nodes
+
+    def __post_init__(self) -> None:
+        if not self.work.is_dir():
+            raise InputError(
+                f"the nodes' volume {self.nodes.volume} is not here: whoever starts them must mount it, too, at "
+                f"{self.work}"
+            )
+
+    @property
+    def processes(self) -> int:
+        return self.nodes.processes
+
+    @property
+    def work(self) -> Path:
+        return Path(self.nodes.volume_path)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        return {f"nodes.{name}": value for name, value in self.nodes.model_dump().items()}
+
+    def __call__(self, job: Job, listener: Listener) -> Outcome:
+        return train_on_nodes(job, listener, self.nodes)
 
 
 def train_on_nodes(job: Job, listener: Listener, nodes: Nodes, cluster: Cluster | None = None, **how: Any) -> Outcome:
@@ -72,7 +110,7 @@ def command(directory: Path) -> list[str]:
     """Of each node. Which of the nodes it is, and where the others are, torchrun reads from the variables PET_* that
     Kubeflow Trainer sets.
     """
-    return ["torchrun", "-m", f"{__package__}", str(directory)]
+    return ["torchrun", "-m", end_to_end.__name__, str(directory)]
 
 
 def _with_models_on_the_volume(job: Job, nodes: Nodes) -> Job:
