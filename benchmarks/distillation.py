@@ -14,10 +14,12 @@ the same command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from measuring import Ran, publish, run
@@ -27,6 +29,7 @@ from quality_table.texts import BUILTIN, Domain
 from moeprune import places
 from moeprune.atomic import write_beside
 from moeprune.checkpoint.loading import Checkpoint
+from moeprune.distillation.text import HELD_OUT
 from moeprune.evaluation.measure import measure
 from moeprune.methods import find
 from moeprune.methods.sparse import UNSTRUCTURED
@@ -36,7 +39,19 @@ from moeprune.texts import read_blocks
 
 _MOEPRUNE = Path(sys.executable).parent / "moeprune"
 _METHODS = ["reap", "frequency", "c-prune", "fuse", "moe-pruner"]
-_EVERYTHING_TRAINED = 7 / 8  # the rest is held out
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Means over the domains.
+
+    Attributes:
+        loss: nats per token.
+        accuracy: of the next token.
+    """
+
+    loss: float
+    accuracy: float
 
 
 class Bench:
@@ -45,7 +60,9 @@ class Bench:
     def __init__(self, options: argparse.Namespace, domains: list[Domain]) -> None:
         self._options = options
         self._train = ",".join(domain.train for domain in domains)
-        self._state: Path = options.state
+        numbers = [options.ratio, options.calibration_blocks, options.block_tokens]
+        made_of = [options.model, [asdict(domain) for domain in domains], numbers]
+        self._state: Path = options.state / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
         with places.local_model(options.model) as directory:
             tokenizer = Checkpoint(directory).tokenizer()
         self._held = [
@@ -53,11 +70,25 @@ class Bench:
             for domain in domains
         ]
 
-    def loss(self, address: str) -> float:
-        """Mean over the domains, nats per token."""
-        with places.local_model(address) as directory:
-            quality = measure(Checkpoint(directory), self._held).quality.values()
-        return sum(one.loss_nats for one in quality) / len(quality)
+    def original(self) -> Judged:
+        with places.local_model(self._options.model) as directory:
+            return self._judged(directory, self._state / "original")
+
+    def judged(self, checkpoint: Path) -> Judged:
+        return self._judged(checkpoint, checkpoint)
+
+    def _judged(self, checkpoint: Path, kept_as: Path) -> Judged:
+        """Measure it, or look up what was measured."""
+        texts = hashlib.sha256(" ".join(blocks.fingerprint for blocks in self._held).encode()).hexdigest()[:12]
+        record = kept_as.with_name(f"{kept_as.name}.judged-{texts}.json")
+        if record.is_file():
+            return Judged(**json.loads(record.read_text()))
+        quality = measure(Checkpoint(checkpoint), self._held).quality.values()
+        made = Judged(mean(one.loss_nats for one in quality), mean(one.accuracy for one in quality))
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with write_beside(record) as beside:
+            beside.write_text(json.dumps(asdict(made)))
+        return made
 
     def pruned(self, row: Row) -> tuple[Path, Path]:
         """The checkpoint that a method makes, recovered where its plan asks for that, and the plan."""
@@ -86,7 +117,8 @@ class Bench:
     @property
     def tokens(self) -> int:
         """That are trained on in an epoch."""
-        return round(self._options.blocks * self._options.block_tokens * _EVERYTHING_TRAINED)
+        blocks: int = self._options.blocks
+        return (blocks - max(1, blocks // HELD_OUT)) * int(self._options.block_tokens)
 
     def _of(self, row: Row, what: str) -> Path:
         return self._state / row.label.replace(" ", "").replace("/", "") / what
@@ -103,30 +135,30 @@ class Bench:
         return ran
 
 
-def compare(bench: Bench, row: Row, original: float, settings: list[str]) -> dict[str, Any]:
+def compare(bench: Bench, row: Row, settings: list[str]) -> dict[str, Any]:
     student, plan = bench.pruned(row)
-    before = bench.loss(str(student))
+    before = bench.judged(student)
     out, ran = bench.distilled(row, student, plan, "layer-local", *settings)
-    after = bench.loss(str(out))
-    return {
-        "method": row.label,
-        "original_loss": original,
-        "before": before,
-        "after": after,
-        "seconds": ran.seconds,
-        "peak_bytes": ran.peak_bytes,
-    }
+    after = bench.judged(out)
+    return {"method": row.label, "before": asdict(before), "after": asdict(after), "took": _took(ran)}
 
 
-def _row(raw: dict[str, Any]) -> dict[str, str]:
-    lost, left = raw["before"] - raw["original_loss"], raw["after"] - raw["original_loss"]
+def _took(ran: Ran) -> dict[str, float]:
+    return {"seconds": ran.seconds, "peak_bytes": ran.peak_bytes}
+
+
+def _row(raw: dict[str, Any], original: Judged) -> dict[str, str]:
+    before, after = Judged(**raw["before"]), Judged(**raw["after"])
+    lost, left = before.loss - original.loss, after.loss - original.loss
     return {
         "method": raw["method"],
         "loss after pruning": f"+{lost:.3f}" if lost >= 0 else f"{lost:.3f}",
         "after distillation": f"+{left:.3f}" if left >= 0 else f"{left:.3f}",
         "won back": f"{1 - left / lost:.0%}" if lost > 0 else "nothing was lost",
-        "seconds": f"{raw['seconds']:.0f}",
-        "peak MiB": f"{raw['peak_bytes'] / 2**20:,.0f}",
+        "accuracy after pruning": f"{before.accuracy / original.accuracy:.1%}",
+        "accuracy after distillation": f"{after.accuracy / original.accuracy:.1%}",
+        "seconds": f"{raw['took']['seconds']:.0f}",
+        "peak MiB": f"{raw['took']['peak_bytes'] / 2**20:,.0f}",
     }
 
 
@@ -135,14 +167,14 @@ def rates(bench: Bench, row: Row) -> tuple[str, dict[str, Any]]:
     student, plan = bench.pruned(row)
     _, ours = bench.distilled(row, student, plan, "layer-local", "--epochs", "1")
     _, theirs = bench.distilled(row, student, plan, "end-to-end", "--epochs", "1", "--evaluations", "1")
-    faster, smaller = theirs.seconds / ours.seconds, theirs.peak_bytes / ours.peak_bytes
     told = (
         f"One epoch of {row.label}'s experts and routers over {bench.tokens:,} tokens, whole commands: layer-local "
         f"{bench.tokens / ours.seconds:,.0f} tokens/s and {ours.peak_bytes / 2**20:,.0f} MiB, end to end "
-        f"{bench.tokens / theirs.seconds:,.0f} tokens/s and {theirs.peak_bytes / 2**20:,.0f} MiB: {faster:.2f} times "
-        f"as fast, a {1 / smaller:.2f}th of the memory."
+        f"{bench.tokens / theirs.seconds:,.0f} tokens/s and {theirs.peak_bytes / 2**20:,.0f} MiB: layer-local is "
+        f"{theirs.seconds / ours.seconds:.2f} times as fast, in {ours.peak_bytes / theirs.peak_bytes:.0%} of the "
+        "memory."
     )
-    return told, {"layer_local": asdict(ours), "end_to_end": asdict(theirs)}
+    return told, {"layer_local": _took(ours), "end_to_end": _took(theirs)}
 
 
 def main() -> None:
@@ -163,21 +195,23 @@ def main() -> None:
     quieten()
     domains = [Domain.parse(text) for text in options.domain] or BUILTIN
     bench = Bench(options, domains)
-    original = bench.loss(options.model)
+    original = bench.original()
     settings = [part for one in options.set for part in (f"--{one.partition('=')[0]}", one.partition("=")[2])]
-    raws = [compare(bench, Row.parse(method), original, settings) for method in options.method or _METHODS]
+    raws = [compare(bench, Row.parse(method), settings) for method in options.method or _METHODS]
     notes = (
         f"{options.ratio:.0%} removed; calibrated on {options.calibration_blocks} blocks of {options.block_tokens} "
         f"tokens, distilled on {options.blocks} ({bench.tokens:,} tokens trained on, the rest held out), judged on "
-        f"{options.held_blocks} blocks of each domain. The original's loss is {original:.3f}; the columns say how far "
-        "above it the loss is, mean over the domains, nats per token. Seconds and memory are of the whole command."
+        f"{options.held_blocks} blocks of each domain. The original's loss is {original.loss:.3f}; the columns say how "
+        "far above it the loss is, mean over the domains, nats per token. It predicts "
+        f"{original.accuracy:.1%} of the next tokens right; accuracy is given as a share of that. Seconds and memory "
+        "are of the whole command."
     )
-    raw: dict[str, Any] = {"methods": raws}
+    raw: dict[str, Any] = {"original": asdict(original), "methods": raws}
     if options.end_to_end:
         told, raw["rates"] = rates(bench, Row.parse(options.end_to_end))
         notes += f"\n\n{told}"
     name = options.name or Path(options.model.removeprefix("builtin://")).name
-    title, rows = f"What distillation wins back on {name}", [_row(one) for one in raws]
+    title, rows = f"What distillation wins back on {name}", [_row(one, original) for one in raws]
     publish(f"distillation-{name}", title, rows, raw, notes, script="distillation")
 
 

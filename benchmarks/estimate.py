@@ -1,6 +1,6 @@
 """What `moeprune estimate` says, beside what the steps really take.
 
-    python benchmarks/estimate.py [--blocks 16] [--directory DIR]
+    python benchmarks/estimate.py [--model embedded] [--blocks 16] [--directory DIR]
 
 Each step of a run is done in a process of its own, on the embedded model and on random weights of OLMoE's shape in
 small, whose memory is watched while it runs: anonymous pages of it and of the processes that it starts, which are what
@@ -34,6 +34,7 @@ from moeprune.steps import estimate as estimating
 _DATA = "builtin://code"
 _TEXTS = ["builtin://code/held-out"]
 _INTERVAL = 0.005  # seconds between two looks at memory
+EMBEDDED, SHAPED = "embedded", "OLMoE-shaped"
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,14 @@ class Run:
     work: Work
 
     def calibrate(self) -> None:
-        from moeprune.methods import statistics_for
-        from moeprune.statistics.collectors import OUTSIDE
+        from moeprune.methods import statistics_of_run
         from moeprune.steps.calibrate import calibrate
 
-        methods = [self.work.method, *self.work.baselines]
         calibrate(
             self.model,
             _DATA,
             str(self.folder / "stats"),
-            statistics=sorted({*statistics_for(methods), *OUTSIDE}),
+            statistics=statistics_of_run([self.work.method, *self.work.baselines]),
             max_blocks=self.work.calibration_blocks,
         )
 
@@ -202,6 +201,8 @@ def _olmoe() -> PretrainedConfig:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    both = (EMBEDDED, SHAPED)
+    parser.add_argument("--model", dest="models", action="append", choices=both, help="repeatable; default: both")
     parser.add_argument("--blocks", type=int, default=16, help="of text, for every step")
     parser.add_argument("--directory", type=Path, default=None, help="where to put some 5 GB of models")
     arguments = parser.parse_args()
@@ -217,8 +218,10 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rows, raw = [], {}
     with tempfile.TemporaryDirectory(prefix="moeprune-bench-", dir=arguments.directory) as scratch:
-        random_checkpoint.write(Path(scratch) / "model", _olmoe())
-        for name, model in {"embedded": REFERENCE_MODEL, "OLMoE-shaped": str(Path(scratch) / "model")}.items():
+        for name in arguments.models or both:
+            model = REFERENCE_MODEL if name == EMBEDDED else str(Path(scratch) / "model")
+            if name == SHAPED:
+                random_checkpoint.write(Path(model), _olmoe())
             of_model, raw[name] = measure(name, Run(model, Path(scratch) / name, work))
             rows += of_model
     publish(

@@ -20,8 +20,8 @@ from .prune import prune
 from .sweep import sweep
 
 PIPELINES = {
-    "prune": closed(prune, "moeprune-prune", "moeprune: prune a Mixture-of-Experts for a domain"),
-    "sweep": closed(sweep, "moeprune-sweep", "moeprune: many methods and ratios, and their Pareto front"),
+    "prune": (prune, "moeprune: prune a Mixture-of-Experts for a domain"),
+    "sweep": (sweep, "moeprune: many methods and ratios, and their Pareto front"),
 }
 _IMAGE = re.compile(r"[\w.-]+(:\d+)?(/[\w.-]+)*(:[\w.-]+)?(@sha256:[0-9a-f]{64})?")
 
@@ -41,7 +41,8 @@ def compiled(pipeline: str, image: str = IMAGE) -> str:
     with tempfile.TemporaryDirectory(prefix="moeprune-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = Path(scratch) / "pipeline.yaml"
-        compiler.Compiler().compile(PIPELINES[pipeline], str(file))
+        steps, display_name = PIPELINES[pipeline]
+        compiler.Compiler().compile(closed(steps(), f"moeprune-{pipeline}", display_name), str(file))
         # A component has its image from when it was imported; in a compiled pipeline it stands by itself on a line.
         return file.read_text(encoding="utf-8").replace(f" image: {IMAGE}\n", f" image: {image}\n")
 

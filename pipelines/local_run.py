@@ -92,7 +92,7 @@ def run_locally(
                 cache_root=str(cache),
             )
             try:
-                return dict(prune(**arguments).outputs)
+                return dict(prune()(**arguments).outputs)
             except RuntimeError:
                 if steps.failure:
                     raise steps.failure from None

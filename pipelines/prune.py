@@ -18,6 +18,7 @@ from moeprune.components.spread import spread
 from moeprune.methods import BASELINES, DEFAULT
 
 from . import placement
+from .building import built_once
 from .on_a_cluster import VOLUME_PATH, use_nodes, use_services
 
 EVALUATION_DATA = ["builtin://code/held-out", "builtin://prose/held-out", "builtin://arithmetic/held-out"]
@@ -34,7 +35,7 @@ class Outputs(NamedTuple):
     verdict: str
 
 
-@dsl.pipeline(name="prune", display_name="moeprune: prune a Mixture-of-Experts for a domain")
+@built_once("prune", "moeprune: prune a Mixture-of-Experts for a domain")
 def prune(
     model: str = "builtin://reference",
     data: str = "builtin://code",

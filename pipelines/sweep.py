@@ -17,6 +17,7 @@ from moeprune.distillation.layer_local.settings import Settings
 from moeprune.methods import BASELINES, DEFAULT
 
 from . import placement
+from .building import built_once
 from .on_a_cluster import use_services
 from .prune import EVALUATION_DATA, NO_OPTIONS, NO_TOLERATIONS
 
@@ -32,7 +33,7 @@ class Outputs(NamedTuple):
     front: list[str]
 
 
-@dsl.pipeline(name="sweep", display_name="moeprune: many methods and ratios")
+@built_once("sweep", "moeprune: many methods and ratios")
 def sweep(
     model: str = "builtin://reference",
     data: str = "builtin://code",

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from moeprune.condensing.divergence import divergence
-from moeprune.condensing.layer_search import first_done
 from moeprune.condensing.partial_runs import PartialRuns
+from moeprune.condensing.race import nearest, spread_order
 from moeprune.errors import InputError
 from moeprune.methods import make_plan
 from moeprune.methods.base import Trial
@@ -115,26 +115,58 @@ def test_divergence() -> None:
     assert divergence(certain_TH[:1], certain_TH[1:]).item() == pytest.approx(by_authors.LOG_2, rel=1e-4)
 
 
-@given(
-    st.integers(1, 5).flatmap(
-        lambda parts: st.lists(st.lists(st.integers(0, 9), min_size=parts, max_size=parts), min_size=1, max_size=6)
+class TestRace:
+    """Of candidates that are numbers of rows in a table of costs: candidate, part, token."""
+
+    @given(
+        st.integers(1, 6).flatmap(
+            lambda parts: st.lists(st.lists(st.integers(0, 9), min_size=parts, max_size=parts), min_size=1, max_size=6)
+        )
     )
-)
-def test_the_first_candidate_to_be_done_is_the_nearest(cost_CP: list[list[int]]) -> None:
-    asked: list[tuple[str, int]] = []
+    def test_where_there_is_too_little_to_be_sure_all_of_it_counts(self, cost_CP: list[list[int]]) -> None:
+        asked: list[tuple[int, int]] = []
 
-    def cost(name: str, part: int) -> float:
-        asked.append((name, part))
-        return float(cost_CP[int(name)][part])
+        def cost(candidate: int, part: int) -> torch.Tensor:
+            asked.append((candidate, part))
+            return torch.tensor([float(cost_CP[candidate][part])])
 
-    names = [str(place) for place in range(len(cost_CP))]
-    found = first_done(names, len(cost_CP[0]), cost)
-    totals = [sum(cost_P) for cost_P in cost_CP]
-    assert int(found) == totals.index(min(totals))
-    assert len(set(asked)) == len(asked)  # nothing is run twice
-    for name in names:  # nor more of a candidate than it takes to see that it is not the nearest
-        run = sum(one == name for one, _ in asked)
-        assert run == 0 or sum(cost_CP[int(name)][: run - 1]) <= min(totals)
+        totals = [sum(cost_P) for cost_P in cost_CP]
+        assert nearest(range(len(totals)), len(cost_CP[0]), cost) == totals.index(min(totals))
+        assert len(set(asked)) == len(asked)  # nothing is run twice
+
+    def test_who_is_clearly_further_is_run_no_more(self) -> None:
+        noise_Pt = torch.rand(16, 64, generator=torch.Generator().manual_seed(0))
+        asked: list[int] = []
+
+        def cost(candidate: int, part: int) -> torch.Tensor:
+            asked.append(candidate)
+            of_one = torch.rand(64, generator=torch.Generator().manual_seed(part)) / 100  # what both share is no chance
+            return noise_Pt[part] + [0.5, 0.0, 0.001][candidate] * (1 if candidate < 2 else of_one)
+
+        assert nearest(range(3), 16, cost) == 1
+        assert asked.count(0) == 2
+        assert 2 <= asked.count(2) <= 16
+
+    def test_a_difference_that_may_be_chance_is_looked_at_to_the_end(self) -> None:
+        draws = torch.Generator().manual_seed(0)
+        cost_CPt = torch.rand(2, 8, 64, generator=draws)
+        asked: list[int] = []
+
+        def cost(candidate: int, part: int) -> torch.Tensor:
+            asked.append(candidate)
+            return cost_CPt[candidate, part]
+
+        found = nearest(range(2), 8, cost)
+        assert found == cost_CPt.mean((1, 2)).argmin()
+        assert asked.count(0) == asked.count(1) == 8
+
+    @given(st.integers(1, 200))
+    def test_every_beginning_is_spread_over_the_text(self, parts: int) -> None:
+        order = spread_order(parts)
+        assert sorted(order) == list(range(parts))
+        begun = sorted(order[: max(1, parts // 2)])
+        gaps = [after - before for before, after in zip([-1, *begun], [*begun, parts], strict=True)]
+        assert max(gaps) <= 5
 
 
 class TestWrongUse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.surgery import apply
 from moeprune.distillation.layer_local import layers as local_layers
 from moeprune.distillation.layer_local import learnt
-from moeprune.distillation.layer_local.job import Job, Text
+from moeprune.distillation.layer_local.job import Job
 from moeprune.distillation.layer_local.layers import Trained, train_layers
 from moeprune.distillation.layer_local.learn import Outcome, learn
 from moeprune.distillation.layer_local.learnt import LayerLearnt
@@ -28,11 +29,12 @@ from moeprune.distillation.layer_local.lesson import Lesson
 from moeprune.distillation.layer_local.settings import Settings
 from moeprune.distillation.objective import Objective
 from moeprune.distillation.parts import default_parts, trainable
+from moeprune.distillation.text import Text
 from moeprune.errors import InputError
 from moeprune.plan import LayerPlan, Plan, Sparsity
 from moeprune.recovery.say import roots
 from moeprune.statistics.observer import ExpertsCall, intercept
-from moeprune.streaming import holding, streamed
+from moeprune.streaming import holding, room, streamed
 from moeprune.streaming.room import Room
 from moeprune.streaming.streamed import StreamedPass
 
@@ -89,7 +91,7 @@ def block_of(layer: str) -> str:
     return layer.removesuffix(".experts")
 
 
-def error_by_hand(teacher: PreTrainedModel, student: PreTrainedModel, layer: str, ids_BS: torch.Tensor) -> float:
+def error_by_hand(teacher: PreTrainedModel, student: PreTrainedModel, layer: str, text: Text) -> float:
     """The share that the student's block misses of what the teacher's makes of its own input.
 
     The square of a token that puts out more than is usual in all the text is divided by how much more.
@@ -99,13 +101,13 @@ def error_by_hand(teacher: PreTrainedModel, student: PreTrainedModel, layer: str
         lambda _, arguments, out: seen.append((arguments[0], out[0] if isinstance(out, tuple) else out))
     )
     try:
-        plain_logits(teacher, ids_BS)
+        plain_logits(teacher, text.rows())
     finally:
         handle.remove()
     ((x_BSH, wanted_BSH),) = seen
     with torch.inference_mode():
         out = student.get_submodule(block_of(layer))(x_BSH)
-    held = Text.of(ids_BS).held_out
+    held = slice(len(text.train_BS), None)
     square_BS = wanted_BSH.square().sum(-1)
     usual = square_BS.flatten().sort().values[(square_BS.numel() - 1) // 2]
     weight_BS = (usual / square_BS).clamp(max=1).sqrt()
@@ -120,10 +122,10 @@ def test_every_layer_gets_nearer_to_the_original_on_text_not_learnt_from(
     case = case_of(family)
     made = case.train()
     teacher, student = case.job.teacher.load(), case.job.student.load(torch.float32)
-    ids_BS = case.job.text.ids_BS
-    before = {layer: error_by_hand(teacher, student, layer, ids_BS) for layer in made}
+    text = case.job.text
+    before = {layer: error_by_hand(teacher, student, layer, text) for layer in made}
     student.load_state_dict(case.tensors(), strict=False)
-    after = {layer: error_by_hand(teacher, student, layer, ids_BS) for layer in made}
+    after = {layer: error_by_hand(teacher, student, layer, text) for layer in made}
     assert list(made) == list(case.job.teacher.layout.layers)
     assert {layer: one.before for layer, one in made.items()} == pytest.approx(before, rel=1e-4)
     assert {layer: one.after for layer, one in made.items()} == pytest.approx(after, rel=1e-4)
@@ -232,12 +234,10 @@ def test_a_rate_that_is_too_high_is_halved_until_it_is_not() -> None:
 def test_what_is_held_out_is_told_by_what_it_is() -> None:
     ids_BS = tiny.token_ids(9, blocks=20)
     text, turned = Text.of(ids_BS), Text.of(ids_BS.flip(0))
-    assert len(text.held_out) == 2
-    assert sorted([*text.held_out.tolist(), *text.train.tolist()]) == list(range(20))
-    assert {tuple(row) for row in ids_BS[text.held_out].tolist()} == {
-        tuple(row) for row in ids_BS.flip(0)[turned.held_out].tolist()
-    }
-    assert [len(part) for part in (Text.of(ids_BS[:2]).train, Text.of(ids_BS[:2]).held_out)] == [1, 1]
+    assert len(text.held_out_BS) == 2
+    assert sorted(text.rows().tolist()) == sorted(ids_BS.tolist())
+    assert sorted(text.held_out_BS.tolist()) == sorted(turned.held_out_BS.tolist())
+    assert [len(part) for part in (Text.of(ids_BS[:2]).train_BS, Text.of(ids_BS[:2]).held_out_BS)] == [1, 1]
     with pytest.raises(InputError, match=r"makes 1 block of 24 tokens.*needs at least 2"):
         Text.of(ids_BS[:1])
 
@@ -262,7 +262,7 @@ def reference_error(job: Job, teacher: PreTrainedModel, student: PreTrainedModel
     objective = job.settings.objective
     block = teacher.get_submodule(block_of(layer))
     handle = block.register_forward_hook(lambda _, arguments, out: given.extend([arguments[0], out]))
-    plain_logits(teacher, job.text.ids_BS)
+    plain_logits(teacher, job.text.rows())
     handle.remove()
     x_BSH, wanted_BSH = (one.clone() for one in given)
 
@@ -423,6 +423,53 @@ def test_a_limit_that_a_layer_cannot_be_trained_in_is_refused(
     monkeypatch.setattr(local_layers, "memory_in_use", lambda: 200 << 30)
     with pytest.raises(InputError, match=r"too small to train model\.layers\.0\.mlp\.experts, which takes"):
         case_of("qwen2_moe").train(memory_limit=100 << 30)
+
+
+def test_a_later_layer_that_needs_too_much_is_refused_before_anything_runs(
+    case_of: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = case_of("qwen2_moe")
+    layer = "model.layers.1.mlp.experts"  # the largest
+    student = case.job.student.load(torch.float32)
+    block = sum(parameter.nbytes for parameter in student.get_submodule(block_of(layer)).parameters())
+    learning = sum(student.get_parameter(name).nbytes for name in case.job.learning[layer])
+    monkeypatch.setattr(local_layers, "memory_in_use", lambda: 0)
+    monkeypatch.delattr(StreamedPass, "blocks")
+    with pytest.raises(InputError, match=rf"too small to train {re.escape(layer)}, which takes"):
+        case.train(memory_limit=block + 4 * learning - 1)
+
+
+def test_continued_in_less_memory_it_adds_up_as_many_experts_at_once(
+    case_of: Callable[..., Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a layer that is trained later is trained on what another order of summing made."""
+    case = case_of("qwen2_moe", settings=Settings(epochs=1))
+    experts = case.job.teacher.load().get_submodule(next(iter(case.job.learning)))
+    one_expert = sum(parameter.nbytes for parameter in experts.parameters()) // tiny.EXPERTS
+    limit = 100 << 30
+    given: list[Room] = []
+
+    def share(*args: Any, **wanted: Any) -> Room:
+        monkeypatch.setattr(room, "memory_in_use", lambda: limit - room.SLACK - free)
+        given.append(room.share_out(*args, **wanted | {"largest_part": 0, "one_pass": 0}))
+        return given[-1]
+
+    def stop(_: Trained) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streamed, "share_out", share)
+    free = 16 * one_expert
+    with pytest.raises(KeyboardInterrupt):
+        case.train(memory_limit=limit, on_layer=stop)
+    free = 14 * one_expert
+    case.train(memory_limit=limit)
+    case.directory = tmp_path / "anew"
+    case.train(memory_limit=limit)
+    assert [shared.experts // one_expert for shared in given] == [6, 6, 5]
+    assert given[1].activations == 2 * one_expert
+    case.directory = tmp_path / "without"
+    case.train()
+    assert not any(path.suffix == ".json" for path in case.directory.iterdir())
 
 
 def test_what_is_finished_is_not_trained_again(case_of: Callable[..., Case]) -> None:

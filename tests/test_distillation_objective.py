@@ -19,9 +19,9 @@ from moeprune.distillation.layer_local.noted import Memory, Noted
 from moeprune.distillation.losses import block_error, experts_error
 from moeprune.distillation.objective import Objective
 from moeprune.distillation.parts import OF_NO_LAYER, default_parts, parse_parts, trainable
-from moeprune.distillation.zeros import Zeros
+from moeprune.distillation.zeros import Zeros, has_zeros
 from moeprune.errors import InputError
-from moeprune.plan import LayerPlan
+from moeprune.plan import LayerPlan, Plan, Sparsity
 
 WEIGHTS = st.floats(0, 1e6, allow_nan=False).map(lambda value: float(f"{value:.12g}"))
 
@@ -143,6 +143,17 @@ def test_zeros_stay_zero_whatever_the_optimizer_remembers(
         optimizer.step()
         assert not parameter.detach()[zero].view(torch.int32).any()
         assert (parameter.detach() != before)[~zero].all()
+
+
+def test_zeros_are_those_of_the_experts_weights_in_a_sparse_plan() -> None:
+    dense = Plan(method="", options={}, ratio=0.5, model="", data="", layers={})
+    sparse = dense.model_copy(update={"sparsity": Sparsity(pattern="0.5", score="magnitude")})
+    weight, bias = torch.zeros(4, 3, 2), torch.zeros(4, 3)
+    assert has_zeros(sparse, "mlp.experts", "mlp.experts.down_proj", weight)
+    assert not has_zeros(dense, "mlp.experts", "mlp.experts.down_proj", weight)
+    assert not has_zeros(sparse, "mlp.experts", "mlp.experts.down_proj_bias", bias)
+    assert not has_zeros(sparse, "mlp.experts", "mlp.gate.weight", weight)
+    assert not has_zeros(sparse, OF_NO_LAYER, "norm.weight", weight)
 
 
 @settings(max_examples=25)

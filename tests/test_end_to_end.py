@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.distillation.end_to_end import training as training_module
-from moeprune.distillation.end_to_end.distilling import distill_whole
+from moeprune.distillation.end_to_end.distilling import Assignment, distill_whole
 from moeprune.distillation.end_to_end.inner import watching
-from moeprune.distillation.end_to_end.job import Text, Training
+from moeprune.distillation.end_to_end.job import Training
 from moeprune.distillation.end_to_end.keeping import Keeping, put_back
 from moeprune.distillation.end_to_end.modes import learn_as_used
 from moeprune.distillation.end_to_end.processes import failure_file, why_it_failed
@@ -36,6 +36,7 @@ from moeprune.distillation.end_to_end.trainer import DistillationTrainer
 from moeprune.distillation.end_to_end.training import Outcome, train
 from moeprune.distillation.losses import cross_entropy, divergence
 from moeprune.distillation.objective import Objective
+from moeprune.distillation.text import Text
 from moeprune.errors import InputError, ServiceError
 
 STEPS = 6
@@ -167,8 +168,8 @@ def one_expert(model: PreTrainedModel, name: str, expert: int, x_H: torch.Tensor
 def share_missed(out_NH: torch.Tensor, wanted_NH: torch.Tensor, sample_NH: torch.Tensor) -> float:
     sample_N, wanted_N = sample_NH.square().sum(1), wanted_NH.square().sum(1)
     usual = sample_N.median()
-    weight_N = torch.minimum(torch.ones(()), usual / wanted_N)
-    whole = torch.minimum(sample_N, usual).mean()
+    weight_N = torch.minimum(torch.ones(()), usual / wanted_N).sqrt()
+    whole = torch.minimum(sample_N, (sample_N * usual).sqrt()).mean()
     return float(((out_NH - wanted_NH).square().sum(1) * weight_N).mean() / whole)
 
 
@@ -484,17 +485,9 @@ def state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def whole(pair: Pair, text: Text, out: Path, objective: str, parts: str, **settings: Any) -> Outcome:
-    return distill_whole(
-        pair.teacher,
-        pair.student,
-        pair.plan,
-        text,
-        out,
-        objective=Objective.parse(objective),
-        parts=parts.split(","),
-        training=Training.of(**{**SETTINGS, **settings}),
-        listener=unheard,
-    )
+    asked, how = Objective.parse(objective), Training.of(**{**SETTINGS, **settings})
+    assignment = Assignment(pair.teacher, pair.student, pair.plan, text, asked, frozenset(parts.split(",")), how)
+    return distill_whole(assignment, out, listener=unheard)
 
 
 # From checkpoint to checkpoint

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from training import Pair, in_processes, make_pair
 
 from moeprune.distillation.end_to_end.keeping import Keeping
-from moeprune.distillation.end_to_end.processes import train_in_processes
+from moeprune.distillation.end_to_end.processes import command, train_in_processes
 from moeprune.distillation.end_to_end.telling import Event
 from moeprune.distillation.end_to_end.trainer import DistillationTrainer
 from moeprune.distillation.end_to_end.training import Outcome, train
@@ -25,8 +25,8 @@ STEPS = 6
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "experts=1,block=0.5": ("experts,router,shared", {"accumulation": 2}),
     "logits=1,text=0.5,temperature=2": ("all", {"teacher_outputs": "cached", "gradient_checkpointing": True}),
+    "logits=1,block=1": ("lora,router", {"accumulation": 2}),
 }
-BY_TORCHRUN: tuple[str, str, dict[str, Any]] = ("logits=1,block=1", "lora,router", {"accumulation": 2})
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +148,13 @@ def test_killed_it_goes_on_and_ends_with_the_same_weights(together: Path, pair: 
 
 
 def test_torchrun_starts_them(pair: Pair, tmp_path: Path) -> None:
-    objective, parts, settings = BY_TORCHRUN
-    train(pair.job(tmp_path / "one", objective, parts, **settings), unheard)
+    """One of them, since a new process takes longer to import than to train; several nodes in `test_train_on_nodes`."""
+    assert "--nproc-per-node=2" in command(tmp_path, 2)
     events: list[Event] = []
-    train_in_processes(pair.job(tmp_path / "two", objective, parts, processes=2, **settings), events.append)
-    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two")
+    made = train_in_processes(pair.job(tmp_path / "job", "logits=1", "router"), events.append)
+    assert made == outcome(tmp_path / "job")
+    assert len(made.curve) == STEPS
+    assert made.better
     assert [event.done for event in events if event.total] == list(range(1, STEPS + 1))
     assert {name for event in events for name in event.metrics} >= {
         "training_loss",

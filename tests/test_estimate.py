@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -33,16 +35,17 @@ from moeprune.estimation.expected_plan import expected_plan
 from moeprune.estimation.headers import describe
 from moeprune.estimation.machines import gpu as known_gpu
 from moeprune.estimation.needs.case import Case, forward
-from moeprune.estimation.requests import GROUPS, MARGIN, parameters, quantity
 from moeprune.estimation.statistics_size import bytes_of_stats
 from moeprune.estimation.units import in_bytes, in_time
 from moeprune.estimation.work import END_TO_END, LAYER_LOCAL, Work
+from moeprune.pipelines.requests import GROUPS, MARGIN, parameters, quantity
 from moeprune.plan import LayerPlan, Plan
 from moeprune.statistics.calibration import calibrate
 from moeprune.statistics.collectors import COLLECTORS
 from moeprune.statistics.passes import InMemoryPass
 from moeprune.steps import estimate as step
 
+ROOT = Path(__file__).parents[1]
 FAMILIES = sorted(tiny.FAMILIES)
 
 
@@ -150,6 +153,20 @@ def test_methods_that_do_not_drop_experts(method: str, qwen: Path) -> None:
         assert sorted(layer.experts for layer in pruned.layers.values()) == [0, tiny.EXPERTS, tiny.EXPERTS]
 
 
+@pytest.mark.parametrize("options", [{"variant": "S"}, {"routed": 2}, {}])
+def test_condensed_layers_keep_what_the_options_say(options: dict[str, Any], qwen: Path) -> None:
+    checkpoint, anatomy = described(qwen)
+    plan = expected_plan(checkpoint, anatomy, Budget(ratio=0.34), "cd-moe", options)
+    kept = {"S": 0}.get(options.get("variant", ""), options.get("routed", 6))
+    assert [len(layer.keep) for layer in plan.layers.values()] == [tiny.EXPERTS, tiny.EXPERTS, kept]
+
+
+def test_constants_take_the_place_of_all_that_go(qwen: Path) -> None:
+    checkpoint, anatomy = described(qwen)
+    plan = expected_plan(checkpoint, anatomy, Budget(ratio=0.5), "mone", {})
+    assert all(layer.constant == layer.drop != [] for layer in plan.layers.values())
+
+
 def test_groups_of_experts_stay_equal(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tiny.write(tmp_path / "grouped", tiny.group_limited_config()))
     plan = expected_plan(checkpoint, Anatomy.of(checkpoint), Budget(ratio=0.5), "reap", {})
@@ -223,8 +240,7 @@ def peak_of_calibration(model: Path, text: Path, work: Work) -> dict[str, int]:
 
 _CALIBRATION = """
 import json, sys, tempfile, threading, time
-from moeprune.methods import statistics_for
-from moeprune.statistics.collectors import OUTSIDE
+from moeprune.methods import statistics_of_run
 from moeprune.steps.calibrate import calibrate
 from moeprune.streaming.room import memory_in_use
 told = {"before": memory_in_use(), "peak": 0}
@@ -234,7 +250,7 @@ def look():
         time.sleep(0.002)
 threading.Thread(target=look, daemon=True).start()
 model, text, blocks, tokens = sys.argv[1:]
-statistics = sorted({*statistics_for(["reap", "frequency"]), *OUTSIDE})
+statistics = statistics_of_run(["reap", "frequency"])
 with tempfile.TemporaryDirectory() as folder:
     calibrate(model, text, folder + "/stats", statistics=statistics, max_blocks=int(blocks), block_tokens=int(tokens))
 print(json.dumps(told))
@@ -244,7 +260,7 @@ print(json.dumps(told))
 def test_every_step_of_the_pipeline_is_estimated(qwen: Path) -> None:
     from moeprune.pipelines.prune import prune
 
-    tasks = set(_names(prune.pipeline_spec.root.dag.tasks, prune.pipeline_spec.components))
+    tasks = set(_names(prune().pipeline_spec.root.dag.tasks, prune().pipeline_spec.components))
     steps = {one.name for one in estimated(qwen).steps}
     assert steps <= tasks
     assert {"calibrate", "merge-stats", "cluster", "global-prune", "distill", "merge-distilled", "evaluate"} <= steps
@@ -358,13 +374,15 @@ def test_a_quantised_config_alone_is_refused(tmp_path: Path) -> None:
 
 def test_a_plan_is_taken_as_it_is(qwen: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint(qwen)
-    plan = plan_that_keeps(checkpoint, dict(zip(checkpoint.layout.layers, (2, 5, 7), strict=True)))
+    kept = dict(zip(checkpoint.layout.layers, (2, 5, 7), strict=True))
+    plan = plan_that_keeps(checkpoint, kept).model_copy(update={"ratio": 0.4})
     plan.save(tmp_path / "plan.json")
     found = step.estimate(str(qwen), Work(), plan=str(tmp_path / "plan.json"), gpu="L4")
     out = tmp_path / "out"
     apply(checkpoint, plan, out)
     assert found.pruned.bytes_on_disk == files_of(out)
     assert found.pruned.experts == 14
+    assert (found.method, found.budget) == ("x", "without 0.4 of the experts")
     other = plan.model_copy(update={"model": "0" * 64})
     other.save(tmp_path / "other.json")
     with pytest.raises(InputError, match="made for another model"):
@@ -399,7 +417,7 @@ def test_the_parameter_file_is_one_of_the_pipeline(how: str, qwen: Path) -> None
 
     work = Work(budget=Budget(size=10**6), calibration_memory_limit=1 << 30, options={"recover": False}, how=how)
     made = parameters(estimated(qwen, "L4", **vars(work)), work)
-    known = prune.pipeline_spec.root.input_definitions.parameters
+    known = prune().pipeline_spec.root.input_definitions.parameters
     assert set(made) <= set(known)
     for name, value in made.items():
         assert isinstance(value, _TYPES[known[name].parameter_type]), name
@@ -453,6 +471,24 @@ def test_the_command_shows_and_writes(qwen: Path, run_cli: Callable[..., tuple[i
     assert {part.basis for part in made.steps[1].memory.parts} == set(Basis)
 
 
+@pytest.mark.parametrize("example", ["qwen3-30b-a3b", "deepseek-v3"])
+def test_the_page_shows_what_the_command_says(
+    example: str, run_cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "100")
+    page = (ROOT / "docs/estimate.md").read_text()
+    found = re.search(rf"    moeprune (estimate --model docs/examples/{example} .*?)\n\n```\n(.*?)```", page, re.DOTALL)
+    assert found
+    code, shown, error = run_cli(*shlex.split(found[1].replace("\\\n", "")))
+    assert code == 0, error
+    assert _words(shown) == _words(found[2])
+
+
+def _words(text: str) -> list[str]:
+    return text.replace("─", "").split()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -463,6 +499,7 @@ def test_the_command_shows_and_writes(qwen: Path, run_cli: Callable[..., tuple[i
         (["--method", "unknown"], "unknown method"),
         (["--ratio", "0.9"], "leaves fewer than the 2 that run"),
         (["--size", "1kB"], "no allocation makes"),
+        (["--plan", "plan.json", "--parameters-out", "run.json"], "the pipeline makes a plan of its own"),
     ],
 )
 def test_what_cannot_be_estimated_is_said(

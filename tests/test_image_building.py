@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,17 +11,13 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from scripts import script
 
 IMAGE = Path(__file__).parent.parent / "image"
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"image_{name}", IMAGE / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(IMAGE / f"{name}.py")
 
 
 class TestPipSettings:

@@ -192,15 +192,15 @@ class TestTheYaml:
 
     def test_it_loads_again(self, text: str) -> None:
         loaded = components.load_component_from_text(text)
-        assert loaded.component_spec.inputs.keys() == prune.component_spec.inputs.keys()
-        assert prune.component_spec.outputs.keys() == {"report", "page", "model", "promoted", "verdict"}
+        assert loaded.component_spec.inputs.keys() == prune().component_spec.inputs.keys()
+        assert prune().component_spec.outputs.keys() == {"report", "page", "model", "promoted", "verdict"}
 
 
 class TestTheCommandLine:
     def test_has_an_option_for_every_parameter(self) -> None:
         options = inspect.signature(run_command).parameters
         assert not CLUSTER_ONLY & options.keys()
-        for name, spec in prune.component_spec.inputs.items():
+        for name, spec in prune().component_spec.inputs.items():
             if name in CLUSTER_ONLY:
                 continue
             default = options[name].default
@@ -455,11 +455,21 @@ class TestComponents:
             ("random", 0.5, {"seed": 3}),
         ]
 
-    @pytest.mark.parametrize("message", ["out of memory", None])
-    def test_close_run(self, called: Callable[..., list[dict[str, Any]]], message: str | None) -> None:
-        calls = called("close_run", "FAILED")
-        close_run.python_func(status=SimpleNamespace(state="FAILED", error_message=message))
-        assert calls == [{"state": "FAILED", "error": message or ""}]
+    @pytest.mark.parametrize(
+        ("state", "message", "status"),
+        [
+            ("FAILED", "out of memory", "FAILED"),
+            ("SUCCEEDED", None, "FINISHED"),
+            ("CANCELLED", None, "KILLED"),
+            ("Error", None, "FAILED"),
+        ],
+    )
+    def test_close_run(
+        self, called: Callable[..., list[dict[str, Any]]], state: str, message: str | None, status: str
+    ) -> None:
+        calls = called("close_run", None)
+        close_run.python_func(status=SimpleNamespace(state=state, error_message=message))
+        assert calls == [{"status": status, "error": message or ""}]
 
     def test_spread(self) -> None:
         assert spread.python_func(shards=3) == [0, 1, 2]

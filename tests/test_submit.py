@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipelines_api import PipelinesApi, serving
 
+from moeprune.cli.checks import check_values
 from moeprune.errors import InputError
 from moeprune.pipelines.compile import compiled
 from moeprune.pipelines.submission import following, parameter_file, server
@@ -177,6 +178,29 @@ class TestWhatIsRefusedBeforeAnythingIsSent:
         code, _, err = run_cli("submit", "--host", "http://127.0.0.1:9", "--set", "method=magic")
         assert code == 1
         assert "magic" in err
+
+    @pytest.mark.parametrize(
+        ("values", "said"),
+        [
+            ({"distillation_objective": "magic=1"}, "'magic', which is no objective"),
+            ({"distillation_objective": "logits=1"}, "needs the whole model"),
+            ({"distillation_parts": "heads"}, "'heads', which is no part"),
+            ({"distillation_parts": "lora"}, "makes sense of a whole model only"),
+            ({"distillation_epochs": 0}, "all must be above 0"),
+            ({"distillation_memory_limit": "much"}, "'much' is not a size"),
+            ({"distillation_nodes": 2, "distillation_training": {"objective": "magic=1"}}, "which is no objective"),
+            ({"distillation_nodes": 2, "distillation_training": {"learning_rate": 0}}, "learning_rate"),
+            ({"distillation_nodes": 2, "distillation_parts": "heads"}, "'heads', which is no part"),
+        ],
+    )
+    def test_what_distillation_could_not_do(self, values: dict[str, Any], said: str, package: Package) -> None:
+        with pytest.raises(InputError, match=said):
+            check_values(package.with_defaults(values))
+
+    def test_what_it_can_do_on_nodes(self, package: Package) -> None:
+        training = {"objective": "logits=1", "learning_rate": 1e-5, "work": "/mnt/moeprune/mine"}
+        wanted = {"distillation_nodes": 2, "distillation_parts": "lora", "distillation_training": training}
+        check_values(package.with_defaults(wanted))
 
     @pytest.mark.parametrize("text", ["", "a: 1", "[", "components: {}\nroot: 5\npipelineInfo: {name: x}"])
     def test_packages_that_are_none(self, run_cli: Run, tmp_path: Path, text: str) -> None:

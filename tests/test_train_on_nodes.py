@@ -20,10 +20,11 @@ from masking import draws, plain_logits
 
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.surgery import apply
-from moeprune.distillation.end_to_end.job import Job, Text, Training
+from moeprune.distillation.end_to_end.job import Job, Training
 from moeprune.distillation.end_to_end.processes import failure_file
 from moeprune.distillation.end_to_end.telling import Event, EventFile
 from moeprune.distillation.end_to_end.training import Outcome
+from moeprune.distillation.text import Text
 from moeprune.errors import InputError, ServiceError
 from moeprune.steps.distill_end_to_end import distill_end_to_end
 from moeprune.train_job import DEFAULT_RUNTIME, Cluster, Nodes, OnNodes

@@ -16,7 +16,8 @@ from masking import draws
 
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.surgery import apply
-from moeprune.distillation.end_to_end.job import Job, Text, Training
+from moeprune.distillation.end_to_end.job import Job, Training
+from moeprune.distillation.text import Text
 from moeprune.plan import Plan, Sparsity
 from moeprune.services.ports import free_ports
 

@@ -39,20 +39,20 @@ class Results:
         """Over the domains that it is judged on."""
         return mean(self.increase(cell, domain) for domain in cell.quality)
 
-    def spread(self, place: Place, of: Callable[[Cell], float]) -> Spread | None:
-        """Over the draws; None where there is nothing."""
-        cells = self.cells.get(place)
-        return Spread.of([of(cell) for cell in cells]) if cells else None
+    def spread(self, place: Place, of: Callable[[Cell], float | None]) -> Spread | None:
+        """Over the draws that have such a number; None where none has."""
+        numbers = [number for cell in self.cells.get(place, []) if (number := of(cell)) is not None]
+        return Spread.of(numbers) if numbers else None
 
     def ratios(self, rows: Sequence[Row], on: str) -> list[float]:
         """At which any of these rows was cut, ascending."""
         return sorted({ratio for row, ratio, place_on in self.cells if row in rows and place_on == on})
 
 
-def speed(cell: Cell) -> float:
-    """As a multiple of the original's. Of a cell whose speed was compared."""
-    assert cell.original_tokens_per_second is not None
-    return cell.tokens_per_second / cell.original_tokens_per_second
+def speed(cell: Cell) -> float | None:
+    """As a multiple of the original's; None where speed was not compared."""
+    beside = cell.original_tokens_per_second
+    return cell.tokens_per_second / beside if beside else None
 
 
 def mean_accuracy(cell: Cell) -> float:

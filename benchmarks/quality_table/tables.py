@@ -76,7 +76,7 @@ def _detail(results: Results, rows: Sequence[Row], ratio: float) -> str:
     for row in rows:
         place = (row, ratio, MIXTURE)
 
-        def told(of: Callable[[Cell], float], form: str, place: tuple[Row, float, str] = place) -> str:
+        def told(of: Callable[[Cell], float | None], form: str, place: tuple[Row, float, str] = place) -> str:
             return _told(results.spread(place, of), form)
 
         domains = results.cells[place][0].quality

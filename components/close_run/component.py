@@ -12,4 +12,6 @@ def close_run(status: dsl.PipelineTaskFinalStatus) -> None:
     """
     from moeprune.steps import close_run as step
 
-    step.close_run(status.state, status.error_message or "")
+    # Kubeflow's words, in the spellings of its releases, and MLflow's; whatever else Kubeflow says is a failure.
+    words = {"SUCCEEDED": "FINISHED", "COMPLETE": "FINISHED", "CANCELLED": "KILLED", "CANCELED": "KILLED"}
+    step.close_run(words.get(status.state.upper(), "FAILED"), status.error_message or "")

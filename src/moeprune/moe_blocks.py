@@ -9,10 +9,10 @@ Axes: B sequences, S tokens of a sequence, T tokens, H hidden size, I expert wid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.func import functional_call
@@ -74,6 +74,11 @@ class Parts:
 def block_of(experts: str) -> str:
     """The name of the block that holds an experts module."""
     return experts.rpartition(".")[0]
+
+
+def hidden_states(output: torch.Tensor | Sequence[Any]) -> torch.Tensor:
+    """What a block puts out, `[..., H]`; some families' blocks give the router's logits beside it."""
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def find_block(model: torch.nn.Module, experts: str) -> MoeBlock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 
 import torch
 
@@ -11,6 +12,7 @@ from moeprune.checkpoint.files import CheckpointFiles
 from moeprune.checkpoint.layout import Layout
 
 _WITNESS_AXES = 2
+_VALUES = 256  # of each tensor, by which trainings of one model are told apart
 
 
 def fingerprint(files: CheckpointFiles, layout: Layout) -> str:
@@ -31,4 +33,17 @@ def fingerprint(files: CheckpointFiles, layout: Layout) -> str:
     for name, tensor in files.read(witnesses).items():
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def close_fingerprint(files: CheckpointFiles) -> str:
+    """The SHA-256 (hex) of every tensor's name, shape and dtype, and of its first values.
+
+    It tells apart what was made of one model in different ways, where routers may be the same.
+    """
+    digest = hashlib.sha256()
+    for name, entry in sorted(files.entries.items()):
+        digest.update(json.dumps([name, entry.shape, entry.dtype]).encode())
+        values = files.read_values(name, 0, min(_VALUES, math.prod(entry.shape)))
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

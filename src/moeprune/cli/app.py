@@ -92,6 +92,11 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     return {name: value for name, _, value in pairs}
 
 
+def parse_names(text: str) -> list[str]:
+    """What commas separate, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 @app.command()
 def calibrate(
     model: ModelOption,

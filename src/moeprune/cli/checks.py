@@ -11,6 +11,10 @@ from moeprune.budget import Budget, check_method, check_reachable
 from moeprune.builtin import corpus
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.clustering import check_clustering
+from moeprune.distillation.end_to_end.job import Training
+from moeprune.distillation.layer_local.settings import Settings
+from moeprune.distillation.objective import Objective
+from moeprune.distillation.parts import parse_parts, parse_parts_of_a_layer
 from moeprune.errors import InputError
 from moeprune.methods import check_room, find, parse_options
 from moeprune.sources import format_sources, mixture_name, parse_sources
@@ -63,6 +67,7 @@ def check_values(arguments: dict[str, Any]) -> None:
         parse_bytes(arguments["calibration_memory_limit"])
     check_sequences(arguments["calibration_sequences"])
     check_clustering(arguments["cluster_similarity"], arguments["cluster_algorithm"], arguments["clusters_per_layer"])
+    _check_distillation(arguments)
     names = [mixture_name(text) for text in arguments["evaluation_data"]]
     if len(set(names)) < len(names):
         raise InputError(f"two texts to measure on have the same name ({', '.join(names)}); rename a file")
@@ -73,6 +78,26 @@ def check_sweep(arguments: dict[str, Any]) -> None:
     for choice in combine(arguments["methods"], arguments["ratios"], arguments["method_options"]):
         of_one = {"method": choice.method, "ratio": choice.ratio, "method_options": choice.options}
         check_values(arguments | of_one | {"parameters_ratio": 0.0, "size": "", "baselines": []})
+
+
+def _check_distillation(arguments: dict[str, Any]) -> None:
+    """It comes late in a run, and what is asked of it is known now."""
+    parts = arguments["distillation_parts"]
+    if arguments.get("distillation_nodes"):
+        training = dict(arguments["distillation_training"])
+        if objective := training.pop("objective", ""):
+            Objective.parse(objective)
+        training.pop("work", None)  # says where, and not how
+        Training.of(**training)
+        if parts:
+            parse_parts(parts)
+        return
+    asked = Objective.parse(arguments["distillation_objective"])
+    Settings(asked, arguments["learning_rate"], arguments["distillation_epochs"])
+    if parts:
+        parse_parts_of_a_layer(parts)
+    if arguments["distillation_memory_limit"]:
+        parse_bytes(arguments["distillation_memory_limit"])
 
 
 def _budget(arguments: dict[str, Any]) -> Budget:

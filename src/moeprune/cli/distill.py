@@ -126,7 +126,13 @@ def distill(
         "work": work,
     }
     both |= {"train": train, "trust_remote_code": trust_remote_code}
-    of_both = {"batch_blocks": batch_blocks, "learning_rate": learning_rate, "epochs": epochs, "objective": objective}
+    of_both = {
+        "batch_blocks": batch_blocks,
+        "learning_rate": learning_rate,
+        "epochs": epochs,
+        "objective": objective,
+        "seed": seed,
+    }
     of_layers = {"layers": layers, "memory_limit": memory_limit}
     of_whole = {
         "processes": processes,
@@ -138,7 +144,6 @@ def distill(
         "evaluations": evaluations,
         "patience": patience,
         "lora_rank": lora_rank,
-        "seed": seed,
     }
     both |= _given(of_both)
     if how == END_TO_END:

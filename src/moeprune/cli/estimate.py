@@ -19,9 +19,11 @@ from moeprune.cli.app import (
     TrustOption,
     app,
     console,
+    parse_names,
     parse_settings,
 )
 from moeprune.cli.run import RATIO
+from moeprune.errors import InputError
 from moeprune.estimation.machines import GPUS
 from moeprune.estimation.work import END_TO_END, LAYER_LOCAL, Work
 from moeprune.methods import BASELINES, DEFAULT
@@ -38,7 +40,11 @@ def estimate(
     method_options: SettingOption = None,
     plan: Annotated[
         str,
-        typer.Option(metavar="FILE", help="the Plan that will be carried out, instead of one of the size asked for"),
+        typer.Option(
+            metavar="FILE",
+            help="a Plan to carry out, instead of one of the size asked for; what is calibrated is still what --method "
+            "and the baselines need",
+        ),
     ] = "",
     baselines: Annotated[
         str, typer.Option(metavar="METHOD,...", help="methods that the result is held against; '' for none")
@@ -99,14 +105,20 @@ def estimate(
 ) -> None:
     """Say what memory, disk, time and pods each step of a run will need. Reads config and headers, and no weights."""
     from moeprune.estimation import table
+    from moeprune.pipelines import requests
     from moeprune.steps import estimate as step
 
+    if plan and parameters_out:
+        raise InputError(
+            "the pipeline makes a plan of its own, so a run cannot be that of a given one; leave --plan or "
+            "--parameters-out out"
+        )
     other = parameters_ratio or size
     work = Work(
         budget=Budget.of(RATIO if ratio is None and not other else ratio, parameters_ratio, size),
         method=method,
         options=parse_settings(method_options),
-        baselines=tuple(dict.fromkeys(name.strip() for name in baselines.split(",") if name.strip())),
+        baselines=tuple(parse_names(baselines)),
         block_tokens=block_tokens,
         calibration_blocks=calibration_blocks,
         calibration_shards=calibration_shards,
@@ -128,13 +140,14 @@ def estimate(
         work,
         plan=plan or None,
         gpu=gpu,
-        parameters_out=parameters_out or None,
         trust_remote_code=trust_remote_code,
     )
+    if parameters_out:
+        requests.write(made, work, parameters_out)
     if as_json:
         console.print_json(json.dumps(made.model_dump(mode="json")))
         return
-    for shown in table.show(made, [name.strip() for name in explain.split(",") if name.strip()]):
+    for shown in table.show(made, parse_names(explain)):
         console.print(shown, soft_wrap=False, highlight=False)
         console.print()
     if parameters_out:

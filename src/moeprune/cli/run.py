@@ -33,6 +33,7 @@ from moeprune.cli.app import (
     SizeOption,
     TrustOption,
     app,
+    parse_names,
     parse_settings,
 )
 from moeprune.cli.distill import OBJECTIVE_HELP, TRAIN_HELP
@@ -154,7 +155,7 @@ def run(
         "parameters_ratio": parameters_ratio,
         "size": size,
         "method_options": parse_settings(method_options),
-        "baselines": list(dict.fromkeys(name.strip() for name in baselines.split(",") if name.strip())),
+        "baselines": parse_names(baselines),
         "text_field": text_field,
         "block_tokens": block_tokens,
         "calibration_blocks": calibration_blocks,

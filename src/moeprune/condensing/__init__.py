@@ -2,5 +2,5 @@
 
 The authors run the model once for each candidate. Here it runs once: a layer's experts put out the same whatever else
 is chosen, so a candidate is a sum of what is there already; and a condensed layer changes nothing before it, so the
-model is run from that layer on alone, and only as long as the candidate can still be the nearest.
+model is run from that layer on alone. Candidates race, and those that are clearly not the nearest drop out.
 """

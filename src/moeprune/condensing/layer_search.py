@@ -1,19 +1,20 @@
 """Which layers to condense.
 
 CD-MoE (arXiv 2412.00069, section 3.3): greedily, the layer that moves the model's final hidden states least, those
-chosen before condensed already. A candidate is run on the text batch by batch, and only while what its divergence adds
-up to is the least of all: no divergence is negative, so the first candidate to be done is the nearest, as if all had
-been run.
+chosen before condensed already. The candidates race over the batches of text, each run from its layer on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from heapq import heappop, heappush
+from dataclasses import dataclass
+
+import torch
 
 from moeprune.condensing.condensed import Condensed
 from moeprune.condensing.divergence import divergence
 from moeprune.condensing.partial_runs import PartialRuns, Run
+from moeprune.condensing.race import nearest
 
 
 def nearest_layers(
@@ -34,34 +35,47 @@ def nearest_layers(
     Returns:
         The names, in the order of their choice; among equals the one that comes first.
     """
-    chosen: list[str] = []
-    entering = [dict(run.entering) for run in originals]
-
-    def run(name: str, batch: int) -> Run:
-        layer = runs.layer_of(name)
-        return runs.condensed(batch, [candidates[one] for one in (*chosen, name)], layer, entering[batch][layer])
-
-    def moved(name: str, batch: int) -> float:
-        return divergence(originals[batch].final_BSH, run(name, batch).final_BSH).double().sum().item()
-
-    while len(chosen) < count:
-        nearest = first_done([name for name in candidates if name not in chosen], len(originals), moved)
-        for batch, of_batch in enumerate(entering):
-            of_batch.update(run(nearest, batch).entering)
-        chosen.append(nearest)
-        on_layer(len(chosen), count)
-    return chosen
+    search = _Search(runs, candidates, [_Batch(run, dict(run.entering)) for run in originals])
+    while len(search.chosen) < count:
+        left = [name for name in candidates if name not in search.chosen]
+        search.chosen.append(nearest(left, len(originals), search.moved))
+        on_layer(len(search.chosen), count)
+    return search.chosen
 
 
-def first_done(candidates: Sequence[str], parts: int, cost: Callable[[str, int], float]) -> str:
-    """The candidate whose costs of all parts add up to the least, computing no more of them than that takes.
+@dataclass
+class _Batch:
+    """A batch of text.
 
-    Args:
-        cost: of a candidate and a part; never negative.
+    Attributes:
+        original: the model's run on it.
+        entering: number of each layer -> what it is given with the first `known` of the chosen layers condensed.
     """
-    costs = [(0.0, place, 0) for place in range(len(candidates))]
-    while True:
-        so_far, place, done = heappop(costs)
-        if done == parts:
-            return candidates[place]
-        heappush(costs, (so_far + cost(candidates[place], done), place, done + 1))
+
+    original: Run
+    entering: dict[int, torch.Tensor]
+    known: int = 0
+
+
+class _Search:
+    def __init__(self, runs: PartialRuns, candidates: Mapping[str, Condensed], batches: list[_Batch]) -> None:
+        self.chosen: list[str] = []
+        self._runs, self._candidates, self._batches = runs, candidates, batches
+
+    def moved(self, name: str, batch: int) -> torch.Tensor:
+        """By how much a candidate moves each token of a batch."""
+        self._condense_chosen(batch)
+        run = self._run(batch, [*self.chosen, name], self._runs.layer_of(name))
+        return divergence(self._batches[batch].original.final_BSH, run.final_BSH).flatten()
+
+    def _condense_chosen(self, batch: int) -> None:
+        """What comes of the winner of a race that ended early is not known of all batches; of some it is not asked."""
+        it = self._batches[batch]
+        if new := self.chosen[it.known :]:
+            run = self._run(batch, self.chosen, min(map(self._runs.layer_of, new)))
+            it.entering.update(run.entering)
+            it.known = len(self.chosen)
+
+    def _run(self, batch: int, names: Sequence[str], first: int) -> Run:
+        condensed = [self._candidates[name] for name in names]
+        return self._runs.condensed(batch, condensed, first, self._batches[batch].entering[first])

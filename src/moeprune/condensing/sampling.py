@@ -17,9 +17,10 @@ from moeprune.condensing.condensed import Condensed, run_for_all
 from moeprune.condensing.expert_search import nearest_experts
 from moeprune.condensing.partial_runs import PartialRuns, Run
 from moeprune.errors import InputError
-from moeprune.moe_blocks import MoeBlock, block_of, find_block, take_apart
+from moeprune.moe_blocks import MoeBlock, block_of, find_block, hidden_states, take_apart
 
 _CONSTANT = 1e-3
+_AT_ONCE = 64  # tokens by which experts are compared before some drop out
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,14 @@ class Layer:
             weights: what each routed expert's output would be multiplied by; one of 0 is not chosen.
             count: how many are chosen.
         """
-        x_tH = self.sample.input_tH
-        start_tH = Condensed(self.block, {}, self.shared_scale).forward_in(model)(x_tH)
-        weighted = {
-            expert: run_for_all(model, self.block, {expert: weight}, x_tH).float()
-            for expert, weight in enumerate(weights)
-            if weight and count
-        }
-        chosen = nearest_experts(self.sample.output_tH, start_tH, weighted, count)
+        given, gave = self.sample.input_tH.split(_AT_ONCE), self.sample.output_tH.split(_AT_ONCE)
+        shared = Condensed(self.block, {}, self.shared_scale).forward_in(model)
+
+        def weighted(expert: int, part: int) -> torch.Tensor:
+            return run_for_all(model, self.block, {expert: weights[expert]}, given[part]).float()
+
+        experts = [expert for expert, weight in enumerate(weights) if weight]
+        chosen = nearest_experts(gave, [shared(x_tH) for x_tH in given], experts, weighted, count)
         return Condensed(self.block, {expert: weights[expert] for expert in chosen}, self.shared_scale)
 
 
@@ -80,7 +81,7 @@ def run_once(runs: PartialRuns, batches: Sequence[torch.Tensor], tokens: int) ->
 
     def taking(name: str, place_t: torch.Tensor) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            given, gave = next(iter([*args, *kwargs.values()])), output[0] if isinstance(output, tuple) else output
+            given, gave = next(iter([*args, *kwargs.values()])), hidden_states(output)
             rows = (one.reshape(-1, one.shape[-1])[place_t.to(one.device)] for one in (given, gave))
             taken[name].append(Sample(*rows))
 

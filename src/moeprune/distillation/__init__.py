@@ -2,6 +2,7 @@
 
 objective    what the student is asked for
 parts        which parameters learn
+text         what is learnt from, and what is held out
 losses       the errors, as formulas
 zeros        zeros of a sparse plan stay zero
 experts      experts that learn, and what the teacher's own make of the same tokens

@@ -33,6 +33,17 @@ def parse_parts(text: str) -> frozenset[str]:
     return frozenset(parts)
 
 
+def parse_parts_of_a_layer(text: str) -> frozenset[str]:
+    """The same, where layers learn alone. Raises InputError for a part that makes sense of a whole model only, too."""
+    parts = parse_parts(text)
+    if whole := parts - OF_A_LAYER:
+        raise InputError(
+            f"`{min(whole)}` makes sense of a whole model only; distill end to end (`--how end-to-end`), or train some "
+            f"of {', '.join(sorted(OF_A_LAYER))}"
+        )
+    return parts
+
+
 def default_parts(plan: Plan) -> frozenset[str]:
     """What learns where nothing else is said."""
     return frozenset({"experts", "router"} | ({"condensed"} if plan.condensed else set()))

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from moeprune.plan import Plan
+
+_EXPERTS_AXES = 3  # of weights
+
 
 class Zeros:
     """The weights of some parameters that are zero now.
@@ -34,6 +38,11 @@ class Zeros:
     def restore(self) -> None:
         for parameter, zero in self._zero:
             _here(parameter).masked_fill_(zero, 0)
+
+
+def has_zeros(plan: Plan, layer: str, name: str, parameter: torch.Tensor) -> bool:
+    """Whether the plan made some weights of a layer's parameter zero; zeros elsewhere, as of biases, may learn."""
+    return plan.sparsity is not None and name.startswith(f"{layer}.") and parameter.dim() == _EXPERTS_AXES
 
 
 def _here(parameter: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ expected_plan  a Plan of the size that a method will make
 work           what the run is asked to do
 machines       what will do it, and how fast that is
 needs          a file for each step: what it holds, computes and moves
-estimate       all of these together; `table` and `requests` show it to people and to the pipeline
+estimate       all of these together; `table` shows it to people
 
 Every number carries its basis (`amounts`): computed from the model, measured, or assumed.
 """

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from moeprune.budget import Budget
 from moeprune.estimation.amounts import NOTHING, Amount, Basis, Term, weakest
 from moeprune.estimation.anatomy import Anatomy
 from moeprune.estimation.machines import USABLE, Machine
@@ -79,6 +80,7 @@ class Estimate(BaseModel):
 
     Attributes:
         model: address of the original.
+        method, budget: the plan's.
         machine: what each pod is taken to be.
         speed: what its speed is known from.
         warnings: what does not fit, or will be slow, and what to do.
@@ -126,8 +128,8 @@ def estimate(case: Case, model: str, stored: bool) -> Estimate:
     computes, reads = case.machine.computes, case.machine.reads
     return Estimate(
         model=model,
-        method=case.work.method,
-        budget=case.plan.budget or str(case.work.budget),
+        method=case.plan.method,
+        budget=case.plan.budget or str(Budget(ratio=case.plan.ratio)),
         machine=case.machine.name,
         speed=f"{computes.value / 1e9:,.0f} GFLOP/s ({computes.basis}: {computes.why}), weights read at "
         f"{reads.value / 1e9:.2g} GB/s ({reads.basis}: {reads.why})",
@@ -139,7 +141,6 @@ def estimate(case: Case, model: str, stored: bool) -> Estimate:
 
 
 def _model(anatomy: Anatomy) -> Model:
-
     return Model(
         parameters=anatomy.parameters,
         active_parameters=anatomy.active,

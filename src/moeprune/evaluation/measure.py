@@ -73,8 +73,8 @@ def _measure_here(
     speeds: list[float] = []
     fitting = Fitting("measuring on")
     with torch.inference_mode():
-        # The first pass pays for allocations and kernel choices; it is not timed.
-        warm_up_BS = data[0].ids_BS[:batch_blocks]
+        # The first pass pays for loading and kernel choices; it is not timed.
+        warm_up_BS = data[0].ids_BS[:1]
         fitting.run(len(warm_up_BS), lambda rows: _logits(model, warm_up_BS[rows]))
         for blocks in data:
             quality[blocks.name] = _quality(model, blocks, batch_blocks, fitting, speeds)

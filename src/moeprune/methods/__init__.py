@@ -31,6 +31,7 @@ from moeprune.methods.registry import Registry
 from moeprune.plan import Plan
 from moeprune.router_groups import RouterGroups
 from moeprune.statistics import Stats
+from moeprune.statistics.collectors import OUTSIDE
 from moeprune.validation import complaint
 
 _OF_EXPERTS = (fuse, c_prune, reap, contribution, naee, hc_smoe, mone, frequency, random)
@@ -102,6 +103,11 @@ def find(name: str) -> Method:
 def statistics_for(methods: Iterable[str]) -> list[str]:
     """What calibration must collect for these methods, sorted. Raises InputError for an unknown method."""
     return sorted(frozenset().union(*(find(name).statistics for name in methods)))
+
+
+def statistics_of_run(methods: Iterable[str]) -> list[str]:
+    """These, and what costs little: clusters are shown whatever decides, and the next run finds it done. Sorted."""
+    return sorted({*statistics_for(methods), *OUTSIDE})
 
 
 def _check_removed(method: str, ratio: float, stats: Stats, decided: Decision) -> None:

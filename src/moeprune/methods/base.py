@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,6 +73,8 @@ class Method:
         tries: whether the evidence must hold a Trial.
         removes: what the ratio is a fraction of.
         statistics: what the Stats must hold, by the names that `statistics.collectors` registers.
+        foresee: `(layers, ratio, options) -> Decision` of the size that `decide` will make, from the layers' numbers of
+            experts alone, for `moeprune estimate`; None where it drops experts and does nothing else to them, or none.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Method:
     tries: bool = False
     removes: Literal["experts", "weights", "layers"] = "experts"
     statistics: frozenset[str] = frozenset()
+    foresee: Callable[[Mapping[str, LayerStats], float, Any], Decision] | None = None
 
 
 def count_of(ratio: float, experts: int, groups: RouterGroups = NO_GROUPS) -> int:
@@ -104,6 +107,11 @@ def keep_last(order: Iterable[int], ratio: float, layer: LayerStats) -> LayerPla
     count = count_of(ratio, layer.experts, layer.groups)
     drop = layer.groups.take(order, count, layer.experts)
     return keep(keep_all_but(drop, layer.experts), layer)
+
+
+def keep_any(layers: Mapping[str, LayerStats], ratio: float) -> dict[str, LayerPlan]:
+    """Layers that lose a ratio of their experts, whichever those are: enough to know how large what stays is."""
+    return {name: keep_last(reversed(range(layer.experts)), ratio, layer) for name, layer in layers.items()}
 
 
 def keep(experts: list[int], layer: LayerStats) -> LayerPlan:

@@ -48,14 +48,31 @@ def decide(evidence: Evidence, ratio: float, options: CdMoeOptions) -> Decision:
         condensed = {}
         with progress("experts of layers") as on_layer:
             for name, layer in candidates.items():
-                routed = options.routed if options.variant == "SR" else 0
-                condensed[name] = layer.condense(model, gate[name], routed)
+                condensed[name] = layer.condense(model, gate[name], _routed(options))
                 on_layer(len(condensed), len(candidates))
         with progress("condensed layers") as on_layer:
             nearest = nearest_layers(runs, originals, condensed, count, on_layer)
         chosen = {name: condensed[name] for name in nearest}
         _tell_of_gates(candidates[name] for name in nearest)
     return Decision({name: _plan(layer, chosen.get(name)) for name, layer in layers.items()})
+
+
+def foresee(layers: Mapping[str, LayerStats], ratio: float, options: CdMoeOptions) -> Decision:
+    """Which layers are condensed does not matter to the size, so the last are."""
+    whole = len(layers) - count_of(ratio, len(layers))
+    planned = {}
+    for place, (name, layer) in enumerate(layers.items()):
+        if place < whole:
+            planned[name] = keep(list(range(layer.experts)), layer)
+        else:
+            weights = dict.fromkeys(range(min(_routed(options), layer.experts)), 1.0)
+            planned[name] = _condensed(layer, weights)
+    return Decision(planned)
+
+
+def _routed(options: CdMoeOptions) -> int:
+    """Routed experts that a condensed layer keeps at most."""
+    return options.routed if options.variant == "SR" else 0
 
 
 def mean_gate(layer: LayerStats) -> list[float]:
@@ -93,12 +110,16 @@ def _tell_of_gates(layers: Iterable[Layer]) -> None:
 def _plan(layer: LayerStats, condensed: Condensed | None) -> LayerPlan:
     if condensed is None:
         return keep(list(range(layer.experts)), layer)
+    return _condensed(layer, dict(condensed.weights), condensed.shared_scale)
+
+
+def _condensed(layer: LayerStats, weights: dict[int, float], shared_scale: float = 1.0) -> LayerPlan:
     return LayerPlan(
         experts=layer.experts,
         top_k=layer.top_k,
-        keep=sorted(condensed.weights),
-        condensed=dict(condensed.weights),
-        shared_scale=condensed.shared_scale,
+        keep=sorted(weights),
+        condensed=weights,
+        shared_scale=shared_scale,
     )
 
 
@@ -110,4 +131,5 @@ METHOD = Method(
     tries=True,
     removes="layers",
     statistics=frozenset({"gate", "routed_tokens"}),
+    foresee=foresee,
 )

@@ -9,10 +9,12 @@ Axes: E experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from pydantic import Field
 
-from moeprune.methods.base import Decision, Evidence, Method, Options, count_of, keep
+from moeprune.methods.base import Decision, Evidence, Method, Options, count_of, keep, keep_any
 from moeprune.methods.medoids import choose, nearest
 from moeprune.plan import LayerPlan, Recovery
 from moeprune.statistics import LayerStats
@@ -29,6 +31,10 @@ def decide(evidence: Evidence, ratio: float, options: FuseOptions) -> Decision:
         score="what is lost, in squares of output, where its nearest among those that stay answers for it",
         recovery=Recovery() if options.recover else None,
     )
+
+
+def foresee(layers: Mapping[str, LayerStats], ratio: float, options: FuseOptions) -> Decision:
+    return Decision(keep_any(layers, ratio), recovery=Recovery() if options.recover else None)
 
 
 def _fused(layer: LayerStats, ratio: float) -> LayerPlan:
@@ -56,4 +62,5 @@ METHOD = Method(
     decide,
     FuseOptions,
     statistics=frozenset({"stand_in"}),
+    foresee=foresee,
 )

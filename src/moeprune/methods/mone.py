@@ -14,18 +14,29 @@ Axes: E experts of the layer, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from moeprune.methods.base import Decision, Evidence, Method, Options, keep_best
+from moeprune.methods.base import Decision, Evidence, Method, Options, keep_any, keep_best
+from moeprune.plan import LayerPlan
 from moeprune.statistics import LayerStats
 
 
 def decide(evidence: Evidence, ratio: float, options: Options) -> Decision:
     layers = {}
     for name, layer in evidence.stats.layers.items():
-        left = keep_best((layer.count("routed_tokens") * variance(layer)).tolist(), ratio, layer)
-        layers[name] = left.model_copy(update={"constant": left.drop})
-    return Decision(layers, score="tokens that chose it, times the variance of its output")
+        layers[name] = keep_best((layer.count("routed_tokens") * variance(layer)).tolist(), ratio, layer)
+    return Decision(_with_constants(layers), score="tokens that chose it, times the variance of its output")
+
+
+def foresee(layers: Mapping[str, LayerStats], ratio: float, options: Options) -> Decision:
+    return Decision(_with_constants(keep_any(layers, ratio)))
+
+
+def _with_constants(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """In the place of all that go."""
+    return {name: layer.model_copy(update={"constant": layer.drop}) for name, layer in layers.items()}
 
 
 def variance(layer: LayerStats) -> torch.Tensor:
@@ -40,4 +51,5 @@ METHOD = Method(
     "replace the experts that are seldom chosen or vary little by their mean outputs (MoNE, arXiv 2507.00390)",
     decide,
     statistics=frozenset({"output", "output_square", "routed_tokens"}),
+    foresee=foresee,
 )

@@ -27,7 +27,14 @@ def roots(output: Sequence[torch.Tensor], counts: Sequence[torch.Tensor]) -> lis
     if not len(real):
         return [torch.zeros_like(square_T) for square_T in square]
     usual = real.median().clamp_min(torch.finfo(torch.float32).tiny)
-    return [
-        (usual / square_T.clamp_min(usual)).pow(0.25) * counts_T
-        for square_T, counts_T in zip(square, counts, strict=True)
-    ]
+    return [weights(square_T, usual).sqrt() * counts_T for square_T, counts_T in zip(square, counts, strict=True)]
+
+
+def weights(square_T: torch.Tensor, usual: torch.Tensor | float) -> torch.Tensor:
+    """By what each token's squares are multiplied, `[T]`.
+
+    Args:
+        square_T: of what is put out.
+        usual: the median of such squares.
+    """
+    return (usual / square_T.clamp_min(usual)).sqrt()

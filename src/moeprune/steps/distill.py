@@ -12,23 +12,20 @@ from pathlib import Path
 from moeprune import places, tracking
 from moeprune.atomic import build_beside, refuse_to_overwrite, work_towards
 from moeprune.checkpoint.loading import Checkpoint
-from moeprune.distillation.checks import check_pair, check_tokenizers
 from moeprune.distillation.layer_local import learnt
-from moeprune.distillation.layer_local.job import Job, Text
+from moeprune.distillation.layer_local.job import Job
 from moeprune.distillation.layer_local.layers import Trained, train_layers
 from moeprune.distillation.layer_local.learn import rate_at, steps_of
 from moeprune.distillation.layer_local.learnt import LayerLearnt
 from moeprune.distillation.layer_local.part import Part, layers_of_part, write
 from moeprune.distillation.layer_local.settings import Settings
 from moeprune.distillation.objective import DEFAULT, Objective
-from moeprune.distillation.parts import OF_A_LAYER, default_parts, parse_parts, trainable
-from moeprune.errors import InputError
+from moeprune.distillation.parts import default_parts, parse_parts_of_a_layer, trainable
 from moeprune.peak_memory import peak_memory_bytes
-from moeprune.plan import Plan
 from moeprune.progress import note, progress
 from moeprune.steps import machine
+from moeprune.steps.distillation_inputs import read_fitting
 from moeprune.streaming.room import parse_bytes
-from moeprune.texts import read_blocks
 from moeprune.tracking import TrackedRun
 
 
@@ -72,6 +69,7 @@ def distill(
     batch_blocks: int = Settings.batch_blocks,
     learning_rate: float = Settings.learning_rate,
     epochs: int = Settings.epochs,
+    seed: int = Settings.seed,
     part: int = 0,
     parts: int = 0,
     memory_limit: str | None = None,
@@ -85,7 +83,7 @@ def distill(
     Args:
         objective: what the student is asked for (`Objective.parse`).
         train: what learns (`parts.parse_parts`); by default what the plan left of experts and routers.
-        learning_rate, epochs, batch_blocks: see `Settings`.
+        learning_rate, epochs, batch_blocks, seed: see `Settings`.
         part, parts: train every `parts`-th layer, from the `part`-th on, and put what they have learnt at `out`, for
             `merge_distilled`. With 0 parts, all layers are trained and the checkpoint is written.
         memory_limit: a size such as `2GiB` that the process keeps to.
@@ -95,13 +93,8 @@ def distill(
         InputError: plan, teacher, student and tokenizers do not fit together, or nothing can be learnt as asked for.
     """
     machine.quieten()
-    settings = Settings(Objective.parse(objective), learning_rate, epochs, batch_blocks)
-    chosen = parse_parts(train) if train else None
-    if whole := (chosen or OF_A_LAYER) - OF_A_LAYER:
-        raise InputError(
-            f"`{min(whole)}` makes sense of a whole model only; distill end to end (`--how end-to-end`), or train some "
-            f"of {', '.join(sorted(OF_A_LAYER))}"
-        )
+    settings = Settings(Objective.parse(objective), learning_rate, epochs, batch_blocks, seed)
+    chosen = parse_parts_of_a_layer(train) if train else None
     limit = parse_bytes(memory_limit) if memory_limit else None
     params = {
         "teacher": teacher,
@@ -121,16 +114,19 @@ def distill(
         _pair(teacher, student, trust_remote_code) as (original, pruned),
     ):
         refuse_to_overwrite(path)
-        decided = Plan.load(plan_path)
-        check_pair(original, pruned, decided)
+        decided, text = read_fitting(
+            run,
+            original,
+            pruned,
+            plan_path,
+            data,
+            block_tokens=block_tokens,
+            max_blocks=max_blocks,
+            text_field=text_field,
+        )
         names = [name for name, _ in pruned.without_weights().named_parameters()]
         learning = trainable(chosen or default_parts(decided), decided, original.layout, names)
-        blocks = read_blocks(
-            data, original.tokenizer(), block_tokens=block_tokens, max_blocks=max_blocks, text_field=text_field
-        )
-        check_tokenizers(original, pruned, blocks.ids_BS)
-        run.dataset(blocks.name, blocks.address, blocks.fingerprint, "distillation", blocks.tokens)
-        job = Job(original, pruned, decided, learning, Text.of(blocks.ids_BS), settings)
+        job = Job(original, pruned, decided, learning, text, settings)
         mine = layers_of_part(list(learning), part, parts) if parts else list(learning)
         name = job.name() + (f"-{part}-of-{parts}" if parts else "")
         with work_towards(path, name, Path(work) if work else None) as kept:
@@ -160,7 +156,7 @@ def _train(run: TrackedRun, job: Job, directory: Path, memory_limit: int | None)
         note(f"{len(before)} of {len(job.learning)} layers were trained by an earlier call, and are kept")
     for layer in before:
         _tell_of_layer(run, numbers[layer.layer], layer)
-    steps = steps_of(job.settings, len(job.text.train))
+    steps = steps_of(job.settings, len(job.text.train_BS))
     run.curve("learning_rate", [job.settings.learning_rate * rate_at(step, steps) for step in range(steps)])
     started = time.monotonic()
 

@@ -11,19 +11,16 @@ from typing import Any
 from moeprune import places, tracking
 from moeprune.atomic import refuse_to_overwrite
 from moeprune.checkpoint.loading import Checkpoint
-from moeprune.distillation.checks import check_pair, check_tokenizers
-from moeprune.distillation.end_to_end.distilling import Elsewhere, distill_whole
-from moeprune.distillation.end_to_end.job import Text, Training
+from moeprune.distillation.end_to_end.distilling import Assignment, Elsewhere, distill_whole
+from moeprune.distillation.end_to_end.job import Training
 from moeprune.distillation.end_to_end.telling import Event, Listener
 from moeprune.distillation.end_to_end.training import Outcome
-from moeprune.distillation.layer_local.job import Text as Split
 from moeprune.distillation.objective import Objective
 from moeprune.distillation.parts import default_parts, parse_parts
 from moeprune.errors import InputError
-from moeprune.plan import Plan
 from moeprune.progress import Advance, note, progress
 from moeprune.steps import machine
-from moeprune.texts import read_blocks
+from moeprune.steps.distillation_inputs import read_fitting
 from moeprune.tracking import TrackedRun
 
 OBJECTIVE = "logits=1"
@@ -87,27 +84,24 @@ def distill_end_to_end(
         places.local_model(student) as student_directory,
     ):
         refuse_to_overwrite(path)
-        decided = Plan.load(plan_path)
         original = Checkpoint(teacher_directory, trust_remote_code)
         pruned = Checkpoint(student_directory, trust_remote_code)
-        check_pair(original, pruned, decided)
-        blocks = read_blocks(
-            data, original.tokenizer(), block_tokens=block_tokens, max_blocks=max_blocks, text_field=text_field
+        decided, text = read_fitting(
+            run,
+            original,
+            pruned,
+            plan_path,
+            data,
+            block_tokens=block_tokens,
+            max_blocks=max_blocks,
+            text_field=text_field,
         )
-        check_tokenizers(original, pruned, blocks.ids_BS)
-        run.dataset(blocks.name, blocks.address, blocks.fingerprint, "distillation", blocks.tokens)
-        split = Split.of(blocks.ids_BS)
+        parts = chosen or default_parts(decided)
         started = time.monotonic()
         with _listening(run) as listener:
             outcome = distill_whole(
-                original,
-                pruned,
-                decided,
-                Text(blocks.ids_BS[split.train], blocks.ids_BS[split.held_out]),
+                Assignment(original, pruned, decided, text, asks, parts, how),
                 path,
-                objective=asks,
-                parts=chosen or default_parts(decided),
-                training=how,
                 listener=listener,
                 elsewhere=elsewhere,
                 work=Path(work) if work else None,

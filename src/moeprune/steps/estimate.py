@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
 from moeprune import places
-from moeprune.atomic import write_beside
 from moeprune.checkpoint.surgery import check_fits
 from moeprune.errors import InputError
 from moeprune.estimation.anatomy import Anatomy
@@ -16,7 +13,6 @@ from moeprune.estimation.headers import Described, describe
 from moeprune.estimation.machines import gpu as known_gpu
 from moeprune.estimation.machines import here
 from moeprune.estimation.needs.case import Case
-from moeprune.estimation.requests import parameters
 from moeprune.estimation.work import Work
 from moeprune.plan import Plan
 from moeprune.steps import machine
@@ -28,16 +24,14 @@ def estimate(
     *,
     plan: str | None = None,
     gpu: str = "",
-    parameters_out: str | None = None,
     trust_remote_code: bool = False,
 ) -> Estimate:
     """Say what a run will need. No weight is read.
 
     Args:
         model: the original.
-        plan: address of the Plan that it will carry out; by default one of the size that the method will make.
+        plan: address of a Plan to carry out; by default one of the size that the method will make.
         gpu: that each pod has, by its name in `machines.GPUS`; by default this machine is measured.
-        parameters_out: address of a file for the run's parameters and its pods' requests (`estimation.requests`).
 
     Raises:
         InputError: a model that cannot be pruned, a plan for another, a budget or memory limit that cannot be kept, or
@@ -56,11 +50,7 @@ def estimate(
             known_gpu(gpu) if gpu else here(original),
             is_here=not (places.is_remote(model) or places.is_on_hub(model)),
         )
-        made = add_up(case, model, described.is_stored)
-    if parameters_out:
-        with places.output(parameters_out) as path, write_beside(path) as beside:
-            beside.write_text(json.dumps(parameters(made, work), indent=2) + "\n")
-    return made
+        return add_up(case, model, described.is_stored)
 
 
 def _plan(described: Described, original: Anatomy, work: Work, address: str | None) -> Plan:

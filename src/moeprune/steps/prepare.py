@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moeprune.errors import InputError
-from moeprune.methods import statistics_for
-from moeprune.statistics.collectors import OUTSIDE
+from moeprune.methods import statistics_of_run
 
 
 class Share(NamedTuple):
@@ -21,6 +20,5 @@ def prepare(method: str, baselines: Sequence[str] = (), *, shards: int = 1) -> l
     """A share for each shard. Raises InputError for an unknown method, or less than one shard."""
     if shards < 1:
         raise InputError(f"the calibration data cannot be split into {shards} shards; 1 is the whole")
-    # What costs little is always collected: clusters are shown whatever decides, and the next run finds it done.
-    statistics = sorted({*statistics_for([method, *baselines]), *OUTSIDE})
+    statistics = statistics_of_run([method, *baselines])
     return [Share(shard, statistics) for shard in range(shards)]

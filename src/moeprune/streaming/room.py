@@ -69,7 +69,15 @@ def bytes_of_pass(tokens: int, *, hidden: int, width: int, top_k: int, item: int
     return tokens * (12 * hidden + top_k * (3 * width + 2 * hidden)) * item
 
 
-def share_out(limit: int, *, largest_part: int, fewest_experts: int, all_experts: int, one_pass: int) -> Room:
+def share_out(
+    limit: int,
+    *,
+    largest_part: int,
+    fewest_experts: int,
+    all_experts: int,
+    one_pass: int,
+    experts: int | None = None,
+) -> Room:
     """Share a limit out.
 
     Args:
@@ -77,6 +85,8 @@ def share_out(limit: int, *, largest_part: int, fewest_experts: int, all_experts
         largest_part: weights of the largest part. It stays while experts are brought in.
         fewest_experts, all_experts: weights of as few experts as can be brought in, and of all of the largest layer's.
         one_pass: what the forward pass of one batch takes while it runs.
+        experts: `Room.experts` of an earlier call, taken again where it still fits: what is in use differs from process
+            to process, and sums of other experts together are rounded otherwise.
 
     Raises:
         InputError: the limit is too small to do anything at all; says how much is needed.
@@ -90,7 +100,8 @@ def share_out(limit: int, *, largest_part: int, fewest_experts: int, all_experts
             f"largest part of the model takes {_mib(part)} while it is brought in, a few experts {_mib(least)} and one "
             f"sequence {_mib(one_pass)}; at least {_mib(limit - rest + least)} would do"
         )
-    experts = max(fewest_experts, min(all_experts, int(rest * _SHARE_OF_EXPERTS / CONVERSION)))
+    if experts is None or CONVERSION * experts > rest:
+        experts = max(fewest_experts, min(all_experts, int(rest * _SHARE_OF_EXPERTS / CONVERSION)))
     return Room(experts, rest - int(CONVERSION * experts))
 
 

@@ -112,7 +112,11 @@ class _Passing:
 
 
 class StreamedPass:
-    """Runs batches through a model that need not fit into memory."""
+    """Runs batches through a model that need not fit into memory.
+
+    Attributes:
+        room: what may be in memory at once, as the pass that began last has it.
+    """
 
     def __init__(
         self,
@@ -122,6 +126,7 @@ class StreamedPass:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         scratch: Path | None = None,
+        experts_bytes: int | None = None,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -129,11 +134,14 @@ class StreamedPass:
             memory_limit: bytes that this process may take in all. Without one, only a layer is in memory at a time.
             dtype, device: by default those that `Checkpoint.load` takes.
             scratch: directory for activations that do not fit; by default the system's for temporary files.
+            experts_bytes: `room.experts` of a pass that is to be repeated bit for bit.
         """
         self._device = device or default_device()
         self._paged = PagedModel(checkpoint, dtype or default_dtype(self._device), self._device)
         self._limit = memory_limit
         self._scratch = scratch
+        self._experts_bytes = experts_bytes
+        self.room = UNLIMITED
         self.layers = self._paged.layers
 
     def __call__(
@@ -170,7 +178,7 @@ class StreamedPass:
     ) -> None:
         if self._limit is not None:
             return_freed_memory()
-        rows, room = self._share_out(batches)
+        rows, self.room = self._share_out(batches)
         noting = Noting()
         until = self.layers if watcher is None else watcher.layers
         with (
@@ -184,11 +192,11 @@ class StreamedPass:
                 for start in range(0, len(batch), rows)
             ]
             try:
-                self._run(passing, room, noting, run_and_show, watcher, on_progress)
+                self._run(passing, noting, run_and_show, watcher, on_progress)
             except NotInMemoryError as error:
                 raise InputError(
                     f"this model's parts use weights of each other, so that it cannot be streamed ({error}); calibrate "
-                    "without --memory-limit"
+                    "without --memory-limit, or distill end to end"
                 ) from error
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -216,6 +224,7 @@ class StreamedPass:
             fewest_experts=FEWEST_EXPERTS * max(map(paged.bytes_per_expert, paged.layers)),
             all_experts=max(paged.bytes_per_expert(layer) * paged.experts_of(layer) for layer in paged.layers),
             one_pass=self._bytes_of_pass(rows * longest),
+            experts=self._experts_bytes,
         )
 
     def _bytes_of_pass(self, tokens: int) -> int:
@@ -262,7 +271,6 @@ class StreamedPass:
     def _run(
         self,
         passing: list[_Passing],
-        room: Room,
         noting: Noting,
         run_and_show: _RunAndShow,
         watcher: BlockWatcher | None,
@@ -270,24 +278,24 @@ class StreamedPass:
     ) -> None:
         steps = sum(len(one.ahead) for one in passing)
         for one in passing:
-            self._go_on(one, passing, room, noting)
+            self._go_on(one, passing, noting)
         while waiting := [one for one in passing if one.lane.door is not None]:
             door = waiting[0].lane.door
             here = [one for one in waiting if one.lane.door == door]
             if isinstance(door, _Experts):
-                for one, out_TH in self._run_experts(door.layer, here, passing, room, run_and_show):
+                for one, out_TH in self._run_experts(door.layer, here, passing, run_and_show):
                     if watcher is None:
                         one.ahead.discard(door.layer)
                         on_progress(steps - sum(len(other.ahead) for other in passing), steps)
-                    self._go_on_or_end(one, passing, room, noting, out_TH)
+                    self._go_on_or_end(one, passing, noting, out_TH)
             elif isinstance(door, _Part):
                 self._paged.enter(door.name)
                 for one in here:
-                    self._go_on(one, passing, room, noting)
+                    self._go_on(one, passing, noting)
             elif watcher is not None and door is not None:
-                self._show_block(door, here, passing, room, watcher)
+                self._show_block(door, here, passing, watcher)
                 for one in here:
-                    self._go_on_or_end(one, passing, room, noting)
+                    self._go_on_or_end(one, passing, noting)
             if self._limit is not None:
                 return_freed_memory()
 
@@ -296,7 +304,6 @@ class StreamedPass:
         door: _Entered | _Left,
         here: list[_Passing],
         passing: list[_Passing],
-        room: Room,
         watcher: BlockWatcher,
     ) -> None:
         for one in here:
@@ -307,7 +314,7 @@ class StreamedPass:
                 case _Left(layer, output):
                     watcher.put_out(layer, one.number, one.rows, output)
                     one.ahead.discard(layer)
-            self._settle(one, passing, room)
+            self._settle(one, passing)
         if isinstance(door, _Left):
             if self._limit is not None:  # what is done meanwhile has the room for itself
                 for one in passing:
@@ -320,12 +327,11 @@ class StreamedPass:
         self,
         one: _Passing,
         passing: list[_Passing],
-        room: Room,
         noting: Noting,
         answer: torch.Tensor | None = None,
     ) -> None:
         if one.ahead:
-            self._go_on(one, passing, room, noting, answer)
+            self._go_on(one, passing, noting, answer)
         else:
             one.lane.end()
             one.held.forget()
@@ -334,7 +340,6 @@ class StreamedPass:
         self,
         one: _Passing,
         passing: list[_Passing],
-        room: Room,
         noting: Noting,
         answer: torch.Tensor | None = None,
     ) -> None:
@@ -342,14 +347,14 @@ class StreamedPass:
         one.held.restore()
         with noting.on_behalf_of(one.held):
             one.lane.go_on(answer)
-        self._settle(one, passing, room)
+        self._settle(one, passing)
 
     def _run_experts(
-        self, layer: str, here: list[_Passing], passing: list[_Passing], room: Room, run_and_show: _RunAndShow
+        self, layer: str, here: list[_Passing], passing: list[_Passing], run_and_show: _RunAndShow
     ) -> Iterator[tuple[_Passing, torch.Tensor]]:
         """Yield each pass with its experts' output."""
         everyone = range(self._paged.experts_of(layer))
-        at_once = max(FEWEST_EXPERTS, room.experts // self._paged.bytes_per_expert(layer))
+        at_once = max(FEWEST_EXPERTS, self.room.experts // self._paged.bytes_per_expert(layer))
         if at_once >= len(everyone):
             with self._paged.experts(layer, everyone) as module:
                 for one in here:
@@ -362,7 +367,7 @@ class StreamedPass:
                     one.output_TH = out_TH if one.output_TH is None else one.output_TH.add_(out_TH)
                     one.held.note(one.output_TH)
                     del out_TH
-                    self._settle(one, passing, room)
+                    self._settle(one, passing)
         for one in here:
             one.held.restore()
             assert one.output_TH is not None
@@ -377,9 +382,9 @@ class StreamedPass:
         assert isinstance(one.lane.door, _Experts)
         return run_and_show(one.number, one.rows, replace(one.lane.door.call, module=module, experts=which))
 
-    def _settle(self, one: _Passing, passing: list[_Passing], room: Room) -> None:
+    def _settle(self, one: _Passing, passing: list[_Passing]) -> None:
         """See that what the passes hold leaves room: of those that take turns, the last is needed again latest."""
-        if sum(other.held.bytes_in_memory for other in passing) > room.activations:
+        if sum(other.held.bytes_in_memory for other in passing) > self.room.activations:
             one.held.spill()
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from moeprune.checkpoint.layout import expert_count
 from moeprune.distillation.end_to_end.lora import plain_name
-from moeprune.moe_blocks import block_of
+from moeprune.moe_blocks import block_of, hidden_states
 from moeprune.statistics.observer import ExpertsCall, intercept
 
 
@@ -85,9 +85,4 @@ def _run(inner: Inner, call: ExpertsCall) -> torch.Tensor:
 
 
 def _keep_output(inner: Inner, name: str, _: torch.nn.Module, __: Any, output: Any) -> None:
-    inner.blocks.setdefault(name, first(output).flatten(0, -2))
-
-
-def first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """A block's hidden states; some families' blocks give the router's logits beside them."""
-    return output[0] if isinstance(output, tuple) else output
+    inner.blocks.setdefault(name, hidden_states(output).flatten(0, -2))

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save_file
 
 from moeprune.atomic import write_beside
 from moeprune.distillation.objective import Objective
+from moeprune.distillation.text import Text
 from moeprune.errors import InputError
 from moeprune.validation import complaint
 
-TEACHER_OUTPUTS = ("computed", "cached")
 _JOB_NAME = "job.json"
 _TEXT_NAME = "text.safetensors"
 
@@ -127,20 +125,3 @@ class Job(BaseModel):
     def text(self) -> Text:
         stored = load_file(self.directory / _TEXT_NAME)
         return Text(stored["train"], stored["held_out"])
-
-
-class Text:
-    """Token ids to learn from, and others to judge by, `[blocks, tokens]` each."""
-
-    def __init__(self, train_BS: torch.Tensor, held_out_BS: torch.Tensor) -> None:
-        self.train_BS, self.held_out_BS = train_BS, held_out_BS
-
-    def rows(self) -> torch.Tensor:
-        """All of it, what is learnt from first: the order in which rows are counted."""
-        return torch.cat([self.train_BS, self.held_out_BS])
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the tokens and their order."""
-        rows = (self.train_BS, self.held_out_BS)
-        return hashlib.sha256(b"".join(repr(ids.shape).encode() + ids.numpy().tobytes() for ids in rows)).hexdigest()

@@ -25,15 +25,12 @@ def refuse_without_peft() -> None:
         raise InputError("LoRA needs the library peft: pip install 'moeprune[lora]'")
 
 
-def add_lora(model: PreTrainedModel, rank: int, *, experts: bool) -> list[str]:
+def add_lora(model: PreTrainedModel, rank: int, *, experts: bool) -> None:
     """Put additions, which change nothing yet, beside the weights; torch's random numbers decide their beginning.
 
     Args:
         rank: of each; they are scaled by 2.
         experts: whether the experts get some, too.
-
-    Returns:
-        The names of their parameters.
 
     Raises:
         InputError: peft is not installed, or the model has nothing to add to.
@@ -56,9 +53,7 @@ def add_lora(model: PreTrainedModel, rank: int, *, experts: bool) -> list[str]:
     if not dense and not (experts and own):
         raise InputError(f"{model.config.model_type} has no projections that LoRA could add to; train other parts")
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=dense, target_parameters=own if experts else None)
-    before = {name for name, _ in model.named_parameters()}
     inject_adapter_in_model(config, model)
-    return [name for name, _ in model.named_parameters() if plain_name(name) not in before]
 
 
 def merge_lora(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moeprune.distillation.end_to_end.inner import Inner, first, run_choices
+from moeprune.distillation.end_to_end.inner import Inner, run_choices
 from moeprune.distillation.end_to_end.sizes import Size
 from moeprune.distillation.objective import Objective
-from moeprune.moe_blocks import block_of
+from moeprune.moe_blocks import block_of, hidden_states
 from moeprune.plan import Plan
 from moeprune.statistics.observer import ExpertsCall, intercept
 
@@ -71,7 +71,7 @@ class Teacher:
             return call.forward(call.module, call.x_TH, call.index_TK, call.weight_TK)
 
         def see_block(name: str, _: torch.nn.Module, __: Any, output: Any) -> None:
-            seen["block", name].append(first(output).flatten(0, -2))
+            seen["block", name].append(hidden_states(output).flatten(0, -2))
 
         with self._watched(see_experts, see_block):
             for id_S in ids_BS:
@@ -100,7 +100,7 @@ class Teacher:
 
         def compare_block(name: str, _: torch.nn.Module, __: Any, output: Any) -> None:
             with torch.enable_grad():
-                wanted_TH = first(output).flatten(0, -2)
+                wanted_TH = hidden_states(output).flatten(0, -2)
                 found["block"].append(self._sizes["block", name].missed(inner.blocks[name], wanted_TH))
 
         with torch.no_grad(), self._watched(compare_experts, compare_block):

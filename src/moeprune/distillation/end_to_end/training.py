@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from moeprune.atomic import write_beside
 from moeprune.checkpoint.loading import Checkpoint, default_dtype
 from moeprune.distillation.end_to_end.inner import watching
-from moeprune.distillation.end_to_end.job import Job, Text
+from moeprune.distillation.end_to_end.job import Job
 from moeprune.distillation.end_to_end.keeping import Keeping
 from moeprune.distillation.end_to_end.lora import add_lora
 from moeprune.distillation.end_to_end.modes import learn_as_used
@@ -34,6 +34,8 @@ from moeprune.distillation.end_to_end.trainer import (
     SaveWhenJudged,
 )
 from moeprune.distillation.parts import trainable
+from moeprune.distillation.text import Text
+from moeprune.distillation.zeros import has_zeros
 from moeprune.errors import InputError
 from moeprune.plan import Plan
 
@@ -137,20 +139,14 @@ def choose_what_learns(student: PreTrainedModel, job: Job, plan: Plan, original:
     parts = set(job.parts)
     names = [name for name, _ in student.named_parameters()]
     chosen = trainable(parts - {"lora"}, plan, original.layout, names) if parts - {"lora"} else {}
-    learning = {layer: list(map(student.get_parameter, names)) for layer, names in chosen.items()}
+    learning = {name: student.get_parameter(name) for names in chosen.values() for name in names}
+    # Where they are sparse, LoRA leaves the experts alone, and so their names.
+    sparse = [name for layer, names in chosen.items() for name in names if has_zeros(plan, layer, name, learning[name])]
     if "lora" in parts:
         add_lora(student, job.training.lora_rank, experts=plan.sparsity is None)
-    for parameter in [parameter for parameters in learning.values() for parameter in parameters]:
+    for parameter in learning.values():
         parameter.requires_grad_(True)
-    if plan.sparsity is None:
-        return []
-    of_experts = {
-        id(student.get_parameter(name))
-        for layer, names in chosen.items()
-        for name in names
-        if layer and name.startswith(f"{layer}.")
-    }
-    return [name for name, parameter in student.named_parameters() if id(parameter) in of_experts]
+    return sparse
 
 
 def _arguments(job: Job, text: Text) -> TrainingArguments:

@@ -25,6 +25,7 @@ from moeprune.distillation.layer_local.learn import Outcome, learn, steps_of
 from moeprune.distillation.layer_local.learnt import LayerLearnt
 from moeprune.distillation.layer_local.lesson import Lesson
 from moeprune.distillation.layer_local.noted import Memory, Noted
+from moeprune.distillation.zeros import has_zeros
 from moeprune.errors import InputError
 from moeprune.moe_blocks import block_of
 from moeprune.statistics.calibration import BATCH_TOKENS, make_batches
@@ -34,7 +35,6 @@ from moeprune.streaming.streamed import StreamedPass
 
 NOTED_IN_MEMORY = 1 << 30
 _SHARE_OF_LIMIT = 1 / 16  # of a memory limit, for what is noted of a layer
-_EXPERTS_AXES = 3  # of weights
 COPIES = 5  # of what learns: its gradients, two moments, the best so far, and itself
 
 
@@ -77,7 +77,9 @@ def train_layers(
     if not missing:
         return
     with tempfile.TemporaryDirectory(prefix="moeprune-") as scratch:
-        teacher = StreamedPass(job.teacher, memory_limit=memory_limit, scratch=Path(scratch))
+        teacher = StreamedPass(
+            job.teacher, memory_limit=memory_limit, scratch=Path(scratch), experts_bytes=learnt.load_room(directory)
+        )
         layers = _Layers(job, missing, teacher, directory, Path(scratch), memory_limit, on_step, on_layer)
         teacher.blocks(layers.batches, layers)
 
@@ -105,10 +107,15 @@ class _Layers:
         self._scratch, self._limit = scratch, memory_limit
         self._on_step, self._on_layer = on_step, on_layer
         self._student = PagedModel(job.student, torch.float32, default_device())
-        self._batch_blocks = max(1, BATCH_TOKENS // job.text.ids_BS.shape[1])
-        self.batches = make_batches(job.text.ids_BS, None, self._batch_blocks)
-        self._steps = steps_of(job.settings, len(job.text.train))
+        self._ids_BS = job.text.rows()
+        sizes = [len(job.text.train_BS), len(job.text.held_out_BS)]
+        self._train_rows, self._held_out_rows = torch.arange(len(self._ids_BS)).split(sizes)
+        self._batch_blocks = max(1, BATCH_TOKENS // self._ids_BS.shape[1])
+        self.batches = make_batches(self._ids_BS, None, self._batch_blocks)
+        self._steps = steps_of(job.settings, len(job.text.train_BS))
         self._done = (len(job.learning) - len(layers)) * self._steps
+        for layer in layers:  # now, and again when it comes to it and more is in use
+            self._refuse_without_room(layer)
         self._expect_next()
 
     def given(self, layer: str, number: int, rows: slice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -122,6 +129,8 @@ class _Layers:
         self._refuse_without_room(layer)
         outcome, changed = self._train(layer)
         made = LayerLearnt(layer, outcome.before, outcome.after, outcome.curve, outcome.reason, list(changed))
+        if self._limit is not None:
+            learnt.save_room(self._directory, self._teacher.room.experts)
         learnt.save(self._directory, made, changed)
         self._expect_next()
         if self._limit is not None:
@@ -129,7 +138,7 @@ class _Layers:
         if len(outcome.curve) < self._steps:
             self._tell(self._steps)
         self._done += self._steps
-        tokens = outcome.seen * self._job.text.ids_BS.shape[1]
+        tokens = outcome.seen * self._ids_BS.shape[1]
         self._on_layer(Trained(made, tokens, time.monotonic() - started))
 
     def _train(self, layer: str) -> tuple[Outcome, dict[str, torch.Tensor]]:
@@ -150,26 +159,22 @@ class _Layers:
                     block,
                     self._given,
                     self._output,
-                    len(job.text.ids_BS),
+                    len(self._ids_BS),
                     job.settings.objective,
                     teacher,
                     plan.keep,
                 ),
                 list(parameters.values()),
-                job.text.train,
-                job.text.held_out,
+                self._train_rows,
+                self._held_out_rows,
                 job.settings,
                 seed=_seed(job.settings.seed, layer),
-                sparse=[parameter for name, parameter in parameters.items() if self._is_sparse(layer, name, parameter)],
+                sparse=[one for name, one in parameters.items() if has_zeros(job.plan, layer, name, one)],
                 on_step=self._tell,
             )
             if outcome.after < outcome.before:
                 return outcome, {one: parameter.detach().cpu() for one, parameter in parameters.items()}
             return outcome, {}
-
-    def _is_sparse(self, layer: str, name: str, parameter: torch.Tensor) -> bool:
-        """Whether the plan made some of its weights zero; zeros elsewhere, as of biases, may learn."""
-        return self._job.plan.sparsity is not None and name.startswith(f"{layer}.") and parameter.dim() == _EXPERTS_AXES
 
     def _of_all(self, number: int, rows: slice) -> slice:
         """Rows of a batch, among all sequences."""
@@ -178,7 +183,7 @@ class _Layers:
 
     def _expect_next(self) -> None:
         """Forget what was noted of a layer."""
-        sequences, tokens = self._job.text.ids_BS.shape
+        sequences, tokens = self._ids_BS.shape
         limit = NOTED_IN_MEMORY if self._limit is None else int(_SHARE_OF_LIMIT * self._limit)
         memory = Memory(limit, self._scratch)
         self._given, self._output = Noted(sequences, tokens, memory), Noted(sequences, tokens, memory)

@@ -1,4 +1,8 @@
-"""What a layer has learnt, as a file: its parameters, and in the header how it went."""
+"""What layers have learnt, as files in a directory: of each its parameters, and in the header how it went.
+
+Beside them, under a memory limit, is how many bytes of experts the teacher ran at once: whoever trains the other layers
+adds up as many, and so finds the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from moeprune.atomic import PART
 from moeprune.errors import InputError
 
 _ENTRY = "moeprune_distilled_layer"
+_ROOM_NAME = "room.json"
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,21 @@ def tensors(directory: Path, layer: str, names: Iterable[str]) -> dict[str, torc
     """A layer's parameters."""
     with safe_open(_path(directory, layer), "pt") as file:
         return {name: file.get_tensor(name) for name in names}
+
+
+def save_room(directory: Path, experts_bytes: int) -> None:
+    """Note it where it is not noted yet; it is there before the first layer's file."""
+    path = directory / _ROOM_NAME
+    if not path.is_file():
+        beside = path.with_name(path.name + PART)
+        beside.write_text(json.dumps(experts_bytes))
+        beside.replace(path)
+
+
+def load_room(directory: Path) -> int | None:
+    """What was noted; None where nothing was."""
+    path = directory / _ROOM_NAME
+    return int(json.loads(path.read_text())) if path.is_file() else None
 
 
 def copy_all(source: Path, target: Path) -> None:

@@ -18,6 +18,7 @@ from moeprune.distillation.layer_local.noted import Noted
 from moeprune.distillation.losses import block_error
 from moeprune.distillation.objective import Objective
 from moeprune.errors import InputError
+from moeprune.moe_blocks import hidden_states
 from moeprune.recovery.say import roots
 from moeprune.statistics.observer import ExpertsCall, intercept
 
@@ -102,6 +103,6 @@ class Lesson:
 
 
 def _tokens(output: torch.Tensor | Sequence[Any]) -> torch.Tensor:
-    """A block's hidden states, `[T, H]`; some families' blocks give the router's logits beside them."""
-    hidden = output if isinstance(output, torch.Tensor) else output[0]
+    """Of whatever sequences: `[T, H]`."""
+    hidden = hidden_states(output)
     return hidden.reshape(-1, hidden.shape[-1])

@@ -12,10 +12,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moeprune.atomic import write_beside
+from moeprune.checkpoint.identity import close_fingerprint
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.rewriting import rewrite_by_group
 from moeprune.distillation.layer_local import learnt
-from moeprune.distillation.layer_local.job import Job, witnesses
+from moeprune.distillation.layer_local.job import Job
 from moeprune.distillation.layer_local.learnt import LayerLearnt
 from moeprune.errors import InputError
 
@@ -27,7 +28,7 @@ class Part(BaseModel):
 
     Attributes:
         job: of which its layers are (`Job.name`).
-        student: the pruned checkpoint that they are layers of (`job.witnesses`).
+        student: the pruned checkpoint that they are layers of (`close_fingerprint`).
         layers: all layers of the job that learn, those of other parts, too.
     """
 
@@ -40,7 +41,7 @@ class Part(BaseModel):
 
     @classmethod
     def of(cls, job: Job) -> Part:
-        return cls(job=job.name(), student=witnesses(job.student.files), layers=list(job.learning))
+        return cls(job=job.name(), student=close_fingerprint(job.student.files), layers=list(job.learning))
 
     def save(self, directory: Path) -> None:
         with write_beside(directory / _NAME) as beside:
@@ -80,7 +81,7 @@ def merge(student: Checkpoint, directories: Sequence[Path], out: Path) -> list[L
             "the parts are not of one distillation: they differ in what was learnt from, in what or how; give those of "
             "one command that differ in nothing but `--layers`"
         )
-    if parts[0].student != witnesses(student.files):
+    if parts[0].student != close_fingerprint(student.files):
         raise InputError(f"the parts are of another pruned model than {student.files.address}; give that one")
     place = {layer: directory for directory in directories for layer in parts[0].layers if _has(directory, layer)}
     if absent := [layer for layer in parts[0].layers if layer not in place]:

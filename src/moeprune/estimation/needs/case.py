@@ -13,10 +13,9 @@ from moeprune.estimation.anatomy import Anatomy
 from moeprune.estimation.machines import Machine
 from moeprune.estimation.statistics_size import bytes_of_stats
 from moeprune.estimation.work import Work
-from moeprune.methods import find, statistics_for
+from moeprune.methods import find, statistics_of_run
 from moeprune.plan import Plan
 from moeprune.statistics.calibration import GROUPS
-from moeprune.statistics.collectors import OUTSIDE
 from moeprune.streaming.room import CONVERSION, SLACK, bytes_of_pass
 
 FLOAT32 = 4
@@ -46,9 +45,8 @@ class Case:
 
     @property
     def statistics(self) -> list[str]:
-        """That the run collects, as `steps.prepare` decides."""
-        methods = [self.work.method, *self.work.baselines]
-        return sorted({*statistics_for(methods), *OUTSIDE})
+        """That the run collects."""
+        return statistics_of_run([self.work.method, *self.work.baselines])
 
     @property
     def stats_bytes(self) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from moeprune.distillation.layer_local.job import HELD_OUT
 from moeprune.distillation.layer_local.layers import COPIES, NOTED_IN_MEMORY
 from moeprune.distillation.layer_local.learn import LOOKS
 from moeprune.distillation.layer_local.lesson import AT_ONCE
 from moeprune.distillation.layer_local.settings import Settings
+from moeprune.distillation.text import HELD_OUT
 from moeprune.errors import InputError
 from moeprune.estimation.amounts import Amount, Basis, Term
 from moeprune.estimation.anatomy import MoeLayer

@@ -6,7 +6,7 @@ The processes share all of it equally (FSDP2) but the activations, of which each
 from __future__ import annotations
 
 from moeprune.distillation.end_to_end.job import Training
-from moeprune.distillation.layer_local.job import HELD_OUT
+from moeprune.distillation.text import HELD_OUT
 from moeprune.estimation.amounts import Amount, Basis, Term
 from moeprune.estimation.needs.case import FLOAT32, Case, converting, forward, weights
 from moeprune.estimation.needs.need import Need, Phase

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import fields
 from typing import Any
 
+from moeprune import places
+from moeprune.atomic import write_beside
 from moeprune.estimation.estimate import Estimate, Step
 from moeprune.estimation.work import END_TO_END, Work
 
@@ -21,6 +24,11 @@ GROUPS = {  # of steps, by how the pipeline's parameters call them
     "evaluation": ("evaluate",),
     "merging": ("merge-stats", "cluster", "merge-distilled"),
 }
+
+
+def write(estimate: Estimate, work: Work, address: str) -> None:
+    with places.output(address) as path, write_beside(path) as beside:
+        beside.write_text(json.dumps(parameters(estimate, work), indent=2) + "\n")
 
 
 def parameters(estimate: Estimate, work: Work) -> dict[str, Any]:

@@ -1,0 +1,26 @@
+"""Pipelines that are built when they are first asked for, and not when their file is imported.
+
+For each thing that is said of a task, kfp looks at the whole stack. Below an import that takes a fifth of a second each
+time (Python looks through all modules for the source of the import machinery), and seconds for a pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from kfp import dsl
+
+
+def built_once(name: str, display_name: str) -> Callable[[Callable[..., Any]], Callable[[], Any]]:
+    """As `dsl.pipeline`, but what it makes of a function gives the pipeline when it is called, each time the same."""
+
+    def decorate(wiring: Callable[..., Any]) -> Callable[[], Any]:
+        @cache
+        def build() -> Any:
+            return dsl.pipeline(wiring, name=name, display_name=display_name)
+
+        return build
+
+    return decorate
