@@ -22,6 +22,7 @@ from moeprune.errors import MoepruneError
 from moeprune.services.signals import announced
 
 from .containers import Containers
+from .forked_steps import ForkedStep
 from .processes import follow
 from .prune import prune
 
@@ -122,7 +123,11 @@ class _Steps:
     def run_process(self, full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
         """In place of `run_local_subprocess`: the command of a step, to its exit code."""
         environment = os.environ | self._environment | (env_vars or {})
-        return self.run(full_command, lambda hear: follow(full_command, environment, hear, self.stopping))
+
+        def carry_out(hear: Callable[[str], None]) -> int:
+            return follow(lambda out: ForkedStep(full_command, environment, out), hear, self.stopping)
+
+        return self.run(full_command, carry_out)
 
     def run(self, command: list[str], carry_out: Callable[[Callable[[str], None]], int]) -> int:
         """The command of a step, carried out by a function that tells each line it puts out, to its exit code.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Event, Thread
-from typing import IO
+from typing import Protocol
 
 from moeprune.services.signals import deferred
 
@@ -16,33 +15,38 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 GRACE_SECONDS = 20.0  # for an interrupted step to tell MLflow and remove what it was writing
 
 
-def follow(
-    command: list[str], environment: dict[str, str], on_line: Callable[[str], None], stopping: Event | None = None
-) -> int:
-    """Run a command to its end, or until this process is told to stop; returns its exit code.
+class Started(Protocol):
+    """A process that leads a group of its own."""
 
-    It leads a process group of its own. The terminal's Ctrl-C reaches only us, whoever it was sent by or to; we pass it
-    on and wait, so that the step can end in good order, and then end what is left of the group.
+    @property
+    def pid(self) -> int: ...
+
+    def wait(self) -> int:
+        """Until it ends; its exit code, or less the number of the signal that ended it."""
+        ...
+
+
+def follow(start: Callable[[int], Started], on_line: Callable[[str], None], stopping: Event | None = None) -> int:
+    """Run a process to its end, or until this one is told to stop; returns its exit code.
+
+    The terminal's Ctrl-C reaches only us, whoever it was sent by or to; we pass it on and wait, so that the step can
+    end in good order, and then end what is left of the group.
 
     Args:
-        on_line: called with each line of its output, standard error included, in a thread.
+        start: begins it, with the file that its output goes to, standard error included.
+        on_line: called with each line of that, in a thread.
         stopping: set when this process is told to stop; a thread that is not the main one hears of it in no other way.
     """
     process = None
+    heard, says = os.pipe()
+    reader = Thread(target=_read, args=(heard, on_line), daemon=True)
+    reader.start()
     try:
         with deferred():
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-            )
-            reader = Thread(target=_read, args=(process.stdout, on_line), daemon=True)
-            reader.start()
+            try:
+                process = start(says)
+            finally:
+                os.close(says)  # the output ends when all who can write to it have ended
         while reader.is_alive():
             # Not without end: a signal that comes just before the wait begins would not be heard until it is over.
             reader.join(_SECONDS_BETWEEN_LOOKS)
@@ -55,14 +59,14 @@ def follow(
         raise
 
 
-def _read(lines: IO[str], on_line: Callable[[str], None]) -> None:
-    with lines:
+def _read(heard: int, on_line: Callable[[str], None]) -> None:
+    with open(heard, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             on_line(line.rstrip("\n"))
 
 
-def _interrupt(process: subprocess.Popen[str], reader: Thread) -> None:
-    # The output ends when all of the group's processes have: its leader is a shell, which may end before the step does.
+def _interrupt(process: Started, reader: Thread) -> None:
+    # Not the leader is waited for: what it started may take longer than itself.
     try:
         _signal(process, signal.SIGINT)
         reader.join(GRACE_SECONDS)
@@ -71,6 +75,9 @@ def _interrupt(process: subprocess.Popen[str], reader: Thread) -> None:
         process.wait()
 
 
-def _signal(process: subprocess.Popen[str], number: int) -> None:
+def _signal(process: Started, number: int) -> None:
     with suppress(ProcessLookupError, PermissionError):  # all gone, or (macOS) only not yet reaped
-        os.killpg(process.pid, number)
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:  # it has no group of its own yet
+            os.kill(process.pid, number)

@@ -570,9 +570,13 @@ class TestFreshness:
         assert places.version("owner/name") == places.version("owner/name") != places.version("owner/other")
 
 
+def shell(script: str) -> Callable[[int], subprocess.Popen[bytes]]:
+    return lambda out: subprocess.Popen(["sh", "-c", script], stdout=out, stderr=out, start_new_session=True)
+
+
 def follow(script: str) -> tuple[int, list[str]]:
     lines: list[str] = []
-    code = processes.follow(["sh", "-c", script], dict(os.environ), lines.append)
+    code = processes.follow(shell(script), lines.append)
     return code, lines
 
 
@@ -599,7 +603,7 @@ class TestProcesses:
 
         def step() -> None:
             try:
-                processes.follow(["sh", "-c", "sleep 60"], dict(os.environ), lambda _: None, stopping)
+                processes.follow(shell("sleep 60"), lambda _: None, stopping)
             except KeyboardInterrupt:
                 ended.append(True)
 

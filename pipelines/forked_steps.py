@@ -1,0 +1,94 @@
+"""Steps as processes that begin with the libraries loaded.
+
+A step's own work on a small model takes a second, and importing torch and transformers several; a run has a dozen
+steps. So they are forked from one process that has imported these, and done nothing with them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing import forkserver, reduction
+from pathlib import Path
+from typing import Any
+
+_LOADED = [
+    "kfp.dsl.executor_main",
+    "moeprune.steps.calibrate",
+    "moeprune.steps.cluster",
+    "moeprune.steps.distill",
+    "moeprune.steps.evaluate",
+    "moeprune.steps.promote",
+    "mlflow",
+]
+_SOURCE_IS_BEFORE = "--executor_input"
+_FORKING = multiprocessing.get_context("forkserver")
+
+
+class ForkedStep:
+    """A step that runs. It leads a process group of its own."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], out: int) -> None:
+        """Start it.
+
+        Args:
+            command: as `kfp.local` would run it: a shell that writes the component's source text to a file, that text,
+                and the arguments of kfp's executor. The shell is left out.
+            environment: of the step.
+            out: file that its output goes to, standard error included.
+        """
+        load()
+        place = command.index(_SOURCE_IS_BEFORE)
+        source, arguments = command[place - 1], list(command[place:])
+        self._process = _FORKING.Process(target=_carry_out, args=(source, arguments, environment, _Lent(out)))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def wait(self) -> int:
+        """Until it ends; its exit code, or less the number of the signal that ended it."""
+        self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+
+def load() -> None:
+    """Begin to import what steps need, in the process that they are forked from, where that is not done yet."""
+    _FORKING.set_forkserver_preload(_LOADED)
+    forkserver.ensure_running()
+
+
+class _Lent:
+    """An open file that is passed on to a process as that is started."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (reduction.DupFd(self._file),)
+
+
+def _received(lent: Any) -> int:
+    return int(lent.detach())
+
+
+def _carry_out(source: str, arguments: list[str], environment: dict[str, str], out: int) -> None:
+    os.setsid()
+    from kfp.dsl.executor_main import executor_main
+
+    for standard in (sys.stdout, sys.stderr):
+        os.dup2(out, standard.fileno())
+    os.close(out)
+    os.environ.clear()
+    os.environ.update(environment, _KFP_RUNTIME="true")
+    tempfile.tempdir = None  # may have been looked up for other processes
+    component = Path(tempfile.mkdtemp()) / "ephemeral_component.py"
+    component.write_text(source)
+    sys.argv = ["executor_main", "--component_module_path", str(component), *arguments]
+    executor_main()
