@@ -27,6 +27,7 @@ VARIABLES = (
     "MLFLOW_TRACKING_TOKEN",
     "MLFLOW_EXPERIMENT_NAME",
     "HF_TOKEN",
+    "MOEPRUNE_WORK",
 )
 
 _USER = 1000  # of the image; any other works too

@@ -26,6 +26,7 @@ from moeprune.checkpoint.surgery import apply
 from moeprune.distillation.layer_local import learnt
 from moeprune.errors import InputError
 from moeprune.plan import LayerPlan, Plan
+from moeprune.services import BUCKET
 from moeprune.steps import distill as step
 from moeprune.steps.merge_distilled import merge_distilled
 
@@ -235,6 +236,42 @@ def test_other_inputs_are_another_job(
     assert not any((tmp_path / "work").iterdir())
     step.distill(**arguments | {"epochs": 1})
     assert len(seen) == 2 + 3
+
+
+def test_a_call_on_another_machine_goes_on_with_what_is_on_s3(
+    arguments: dict[str, Any], client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, address = step.train_layers, f"s3://{BUCKET}/unfinished"
+
+    def interrupted(job: Any, directory: Path, *, on_layer: Callable[[Any], None], **options: Any) -> None:
+        def stop(trained: Any) -> None:
+            on_layer(trained)
+            raise KeyboardInterrupt
+
+        train(job, directory, on_layer=stop, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "train_layers", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step.distill(**arguments, work=address)
+    (kept,) = client.list_objects_v2(Bucket=BUCKET, Prefix="unfinished/")["Contents"]
+    assert kept["Key"].endswith(".safetensors")
+    shutil.rmtree(Path(arguments["out"]).with_name(".out.unfinished"))
+    trained: list[str] = []
+
+    def noting(*given: Any, on_layer: Callable[[Any], None], **options: Any) -> None:
+        def note(layer: Any) -> None:
+            trained.append(layer.learnt.layer)
+            on_layer(layer)
+
+        train(*given, on_layer=note, **options)
+
+    monkeypatch.setattr(step, "train_layers", noting)
+    step.distill(**arguments | {"out": str(tmp_path / "second")}, work=address)
+    assert len(trained) == 2
+    assert "Contents" not in client.list_objects_v2(Bucket=BUCKET, Prefix="unfinished/")
+    step.distill(**arguments | {"out": str(tmp_path / "once")})
+    assert bytes_in(tmp_path / "second") == bytes_in(tmp_path / "once")
 
 
 def test_where_nothing_gets_better_the_pruned_model_is_kept(

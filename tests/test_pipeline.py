@@ -32,6 +32,7 @@ from moeprune.components.distill import distill
 from moeprune.components.distill_on_nodes import distill_on_nodes
 from moeprune.components.evaluate import evaluate
 from moeprune.components.global_prune import global_prune
+from moeprune.components.image import IMAGE
 from moeprune.components.merge_distilled import merge_distilled
 from moeprune.components.merge_stats import merge_stats
 from moeprune.components.prepare import prepare
@@ -40,6 +41,7 @@ from moeprune.components.spread import spread
 from moeprune.errors import InputError
 from moeprune.evaluation.report import Quality
 from moeprune.pipelines import freshness, processes
+from moeprune.pipelines.compile import compiled
 from moeprune.pipelines.on_a_cluster import SECRET, VARIABLES
 from moeprune.pipelines.prune import prune
 from moeprune.promotion import Verdict
@@ -95,16 +97,22 @@ CLUSTER_ONLY = {
     "tolerations",
 }
 
-
-def compiled(path: Path, **environment: str) -> str:
-    command = [sys.executable, "-m", "moeprune.pipelines.compile", str(path)]
-    subprocess.run(command, env=os.environ | environment, check=True, capture_output=True)
-    return (path / "prune.yaml").read_text()
+ANOTHER_IMAGE = "registry.example/team/moeprune:7"
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return compiled(tmp_path_factory.mktemp("compiled") / "new", PYTHONHASHSEED="1")
+def text() -> str:
+    return compiled("prune")
+
+
+@pytest.fixture(scope="module")
+def with_another_image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Compiled in a process of its own, which draws other hashes."""
+    path = tmp_path_factory.mktemp("compiled") / "new"
+    command = [sys.executable, "-m", "moeprune.pipelines.compile", str(path)]
+    environment = {"MOEPRUNE_IMAGE": ANOTHER_IMAGE, "PYTHONHASHSEED": "2"}
+    subprocess.run(command, env=os.environ | environment, check=True, capture_output=True)
+    return (path / "prune.yaml").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +148,10 @@ class TestTheYaml:
         for name, definition in spec["root"]["inputDefinitions"]["parameters"].items():
             assert definition.get("isOptional"), name
 
-    def test_the_same_source_gives_the_same_bytes(self, text: str, tmp_path: Path) -> None:
-        assert compiled(tmp_path / "again", PYTHONHASHSEED="2") == text
+    def test_the_same_source_gives_the_same_bytes_but_for_the_image(self, text: str, with_another_image: str) -> None:
+        assert with_another_image.replace(ANOTHER_IMAGE, IMAGE) == text
 
-    def test_one_image_that_can_be_chosen(self, spec: dict[str, Any], tmp_path: Path) -> None:
+    def test_one_image_that_can_be_chosen(self, spec: dict[str, Any], with_another_image: str) -> None:
         def images(of: dict[str, Any]) -> set[str]:
             return {
                 executor["container"]["image"]
@@ -152,8 +160,7 @@ class TestTheYaml:
             }
 
         assert {image.split(":")[0] for image in images(spec)} == {"moeprune"}
-        chosen = compiled(tmp_path / "chosen", MOEPRUNE_IMAGE="registry.example/team/moeprune:7")
-        assert images(next(yaml.safe_load_all(chosen))) == {"registry.example/team/moeprune:7"}
+        assert images(next(yaml.safe_load_all(with_another_image))) == {ANOTHER_IMAGE}
 
     def test_nothing_is_installed_when_a_step_starts(self, text: str) -> None:
         assert "pip install" not in text

@@ -56,6 +56,7 @@ def distill(
     Returns:
         distilled: The recovered model, a Hugging Face checkpoint; of a part, what its layers have learnt.
     """
+    import os
     from typing import Any
 
     both: dict[str, Any] = {"text_field": text_field, "block_tokens": block_tokens, "max_blocks": max_blocks}
@@ -82,6 +83,7 @@ def distill(
             part=part,
             parts=parts,
             memory_limit=stay_below or None,
+            work=os.environ.get("MOEPRUNE_WORK"),  # what the next pod goes on with, where this one is lost
             **both,
         ).steps
     else:

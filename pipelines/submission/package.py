@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # kfp brings it
 
+
 from moeprune.errors import InputError
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a pipeline is long, and Python reads it for a second
 # What each of Kubeflow's types takes, and how to say it.
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "STRING": ((str,), "a text"),
@@ -58,7 +60,7 @@ class Package:
     def parse(cls, text: str) -> Package:
         """Raises InputError for what is no compiled pipeline."""
         try:
-            spec = next(yaml.safe_load_all(text))
+            spec = next(yaml.load_all(text, _LOADER))
             name = spec["pipelineInfo"]["name"]
             inputs = spec["root"].get("inputDefinitions", {}).get("parameters", {})
             parameters = {

@@ -67,14 +67,19 @@ def bucket_and_key(address: str) -> tuple[str, str]:
 
 def refuse_if_taken(address: str) -> None:
     """Raise InputError where there are objects below an address, or not even a bucket."""
+    # Shards of another model that stayed between the new ones would be read with them.
+    if is_taken(address):
+        raise InputError(f"{address} exists already and is not empty; choose another place or remove it first")
+
+
+def is_taken(address: str) -> bool:
+    """Whether there are objects below an address. Raises InputError where there is not even a bucket."""
     bucket, key = bucket_and_key(address)
     s3 = client()
     with speaking_plainly(address):
         s3.head_bucket(Bucket=bucket)
-        # Shards of another model that stayed between the new ones would be read with them.
         below = s3.list_objects_v2(Bucket=bucket, Prefix=f"{key}/", MaxKeys=2).get("Contents", [])
-        if any(not item["Key"].endswith("/") for item in below):
-            raise InputError(f"{address} exists already and is not empty; choose another place or remove it first")
+        return any(not item["Key"].endswith("/") for item in below)
 
 
 def download(address: str, target: Path) -> Path:
@@ -102,6 +107,16 @@ def objects(address: str) -> list[dict[str, Any]]:
         if not wanted:
             raise InputError(f"there is nothing at {address}")
         return wanted
+
+
+def remove(address: str) -> None:
+    """Remove the object at an address, and those below it. Raises InputError where there is none."""
+    bucket, _ = bucket_and_key(address)
+    found = objects(address)
+    s3 = client()
+    with speaking_plainly(address):
+        for item in found:
+            s3.delete_object(Bucket=bucket, Key=item["Key"])
 
 
 def upload(path: Path, address: str) -> None:

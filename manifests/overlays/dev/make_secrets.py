@@ -35,6 +35,7 @@ def made_up(tasks: str = "moeprune") -> list[dict[str, Any]]:
         "MLFLOW_TRACKING_USERNAME": "moeprune",
         "MLFLOW_TRACKING_PASSWORD": pipeline,
         "MLFLOW_EXPERIMENT_NAME": "moeprune",
+        "MOEPRUNE_WORK": "s3://moeprune/unfinished",
     }
     if token := os.environ.get("HF_TOKEN"):
         environment["HF_TOKEN"] = token

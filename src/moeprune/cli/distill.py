@@ -94,7 +94,12 @@ def distill(
     ] = None,
     work: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="where to keep finished work on the way; default: beside the output"),
+        typer.Option(
+            envvar="MOEPRUNE_WORK",
+            metavar="DIR",
+            help="where to keep finished work on the way (layer-local: or s3:// address); default: beside the output",
+            show_default=False,
+        ),
     ] = None,
     processes: Annotated[int | None, _end_to_end("processes")] = None,
     nodes: Annotated[

@@ -23,6 +23,7 @@ from moeprune.distillation.objective import DEFAULT, Objective
 from moeprune.distillation.parts import default_parts, parse_parts_of_a_layer, trainable
 from moeprune.peak_memory import peak_memory_bytes
 from moeprune.progress import note, progress
+from moeprune.s3_work import S3Work
 from moeprune.steps import machine
 from moeprune.steps.distillation_inputs import read_fitting
 from moeprune.streaming.room import parse_bytes
@@ -87,7 +88,7 @@ def distill(
         part, parts: train every `parts`-th layer, from the `part`-th on, and put what they have learnt at `out`, for
             `merge_distilled`. With 0 parts, all layers are trained and the checkpoint is written.
         memory_limit: a size such as `2GiB` that the process keeps to.
-        work: directory in which finished layers are kept on the way; by default beside `out`.
+        work: directory or s3:// address below which finished layers are kept on the way; by default beside `out`.
 
     Raises:
         InputError: plan, teacher, student and tokenizers do not fit together, or nothing can be learnt as asked for.
@@ -129,8 +130,11 @@ def distill(
         job = Job(original, pruned, decided, learning, text, settings)
         mine = layers_of_part(list(learning), part, parts) if parts else list(learning)
         name = job.name() + (f"-{part}-of-{parts}" if parts else "")
-        with work_towards(path, name, Path(work) if work else None) as kept:
-            made = _train(run, replace(job, learning={layer: learning[layer] for layer in mine}), kept, limit)
+        remote = S3Work(f"{work}/{name}") if work and places.is_remote(work) else None
+        with work_towards(path, name, Path(work) if work and not remote else None) as kept:
+            if remote:
+                remote.fetch(kept)
+            made = _train(run, replace(job, learning={layer: learning[layer] for layer in mine}), kept, limit, remote)
             with build_beside(path) as beside:
                 if parts:
                     Part.of(job).save(beside)
@@ -138,7 +142,9 @@ def distill(
                 else:
                     write(pruned, dict.fromkeys(mine, kept), beside)
         _warn(made, path, whole=not parts)
-        return Distilled(made)
+    if remote:
+        remote.forget()  # not before the outcome is where it belongs
+    return Distilled(made)
 
 
 @contextmanager
@@ -148,7 +154,9 @@ def _pair(teacher: str, student: str, trust_remote_code: bool) -> Iterator[tuple
         yield Checkpoint(directory, trust_remote_code, weights), Checkpoint(student_directory, trust_remote_code)
 
 
-def _train(run: TrackedRun, job: Job, directory: Path, memory_limit: int | None) -> list[LayerLearnt]:
+def _train(
+    run: TrackedRun, job: Job, directory: Path, memory_limit: int | None, remote: S3Work | None
+) -> list[LayerLearnt]:
     """Train what has not been trained, and tell the run of all."""
     numbers = {layer: number for number, layer in enumerate(job.learning)}
     before = [found for layer in job.learning if (found := learnt.load(directory, layer))]
@@ -161,6 +169,8 @@ def _train(run: TrackedRun, job: Job, directory: Path, memory_limit: int | None)
     started = time.monotonic()
 
     def tell(trained: Trained) -> None:
+        if remote:
+            remote.keep(directory)
         number = numbers[trained.learnt.layer]
         _tell_of_layer(run, number, trained.learnt)
         speed = trained.tokens / trained.seconds

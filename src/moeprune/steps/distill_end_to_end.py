@@ -61,6 +61,8 @@ def distill_end_to_end(
         ServiceError: those elsewhere cannot be had, or the processes ended without a result.
     """
     machine.quieten()
+    if work and places.is_remote(work):
+        raise InputError(f"states of a whole model are kept in a directory, not at {work}; name one with `--work`")
     how, asks = Training.of(**training), Objective.parse(objective)
     chosen = parse_parts(train) if train else None
     if elsewhere and how.processes > 1:
