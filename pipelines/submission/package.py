@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # kfp brings it
 
-
 from moeprune.errors import InputError
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a pipeline is long, and Python reads it for a second
