@@ -167,15 +167,33 @@ def test_ctrl_c_in_a_step_leaves_nothing(at_work: object, tmp_path: Path, qwen: 
     process = start(state, qwen, texts, *ports, "--calibration-blocks", 20_000)
     assert process.stdout
     assert any("calibrate: " in line for line in process.stdout)  # it is at work
+    of_run = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
     assert err.splitlines() == ["moeprune: interrupted; nothing was left half-written"]
+    assert len(of_run) > 3  # the servers, what steps are forked from, and the step
+    assert not of_run & parents().keys()
     assert processes_that_mention(str(tmp_path), f"port={mlflow_port}", f"port={s3_port}") == []
     assert not [*state.rglob("*writing*"), *state.rglob("*unfinished*")]
     assert not list(state.glob("runs/*/*/calibrate/stats"))
     with sqlite3.connect(state / "services" / "mlflow.db") as database:
         assert database.execute("select status from runs").fetchall() == [("KILLED",), ("KILLED",)]
+
+
+def parents() -> dict[int, int]:
+    """Of each living process."""
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
+    rows = (line.split() for line in listing.splitlines())
+    return {int(pid): int(parent) for pid, parent, state in rows if not state.startswith("Z")}
+
+
+def descendants(of: int) -> set[int]:
+    """The processes that one has started, and those that these have."""
+    found, parent_of = {of}, parents()
+    while more := {pid for pid, parent in parent_of.items() if parent in found} - found:
+        found |= more
+    return found - {of}
 
 
 def processes_that_mention(*words: str) -> list[str]:

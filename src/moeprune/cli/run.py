@@ -143,6 +143,7 @@ def run(
     """
     _require_kubeflow()
     from moeprune.cli.checks import check_run, evaluation_texts
+    from moeprune.pipelines import forked_steps
 
     if ratio is not None or parameters_ratio or size:
         Budget.of(ratio, parameters_ratio, size)  # refuses more than one; the pipeline's ratio gives way to the others
@@ -184,6 +185,8 @@ def run(
     containers = _containers(image, arguments) if runner is Runner.DOCKER else None
     asked = size or f"{parameters_ratio or arguments['ratio']:g}"
     name = f"{method}-{asked}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not containers:
+        forked_steps.load()  # while the servers start
     with Screen() as screen:
         screen.started("services")
         with session(services_in(state), mlflow_port, s3_port) as services, _environment(services):
