@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import forkserver, reduction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 _LOADED = [
@@ -44,7 +46,8 @@ class ForkedStep:
         place = command.index(_SOURCE_IS_BEFORE)
         source, arguments = command[place - 1], list(command[place:])
         self._process = _FORKING.Process(target=_carry_out, args=(source, arguments, environment, _Lent(out)))
-        self._process.start()
+        with _no_main_module():
+            self._process.start()
 
     @property
     def pid(self) -> int:
@@ -62,6 +65,17 @@ def load() -> None:
     """Begin to import what steps need, in the process that they are forked from, where that is not done yet."""
     _FORKING.set_forkserver_preload(_LOADED)
     forkserver.ensure_running()
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """A new process runs the file that the program was started by once more, and is no place for that."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 class _Lent:

@@ -24,7 +24,6 @@ from moeprune.services.signals import announced
 from .containers import Containers
 from .forked_steps import ForkedStep
 from .processes import follow
-from .prune import prune
 
 # What moeprune.progress writes where there is no terminal.
 _PROGRESS = re.compile(r"[a-z][a-z -]*: \d+/\d+(, \d+ s left)?")
@@ -55,6 +54,7 @@ class Watcher(Protocol):
 
 
 def run_locally(
+    pipeline: Callable[..., Any],
     arguments: dict[str, Any],
     *,
     outputs: Path,
@@ -63,9 +63,10 @@ def run_locally(
     watcher: Watcher,
     containers: Containers | None = None,
 ) -> dict[str, Any]:
-    """Run the pipeline; returns its outputs by name.
+    """Run a pipeline; returns its outputs by name.
 
     Args:
+        pipeline: as kfp makes it (`building.built_once`).
         arguments: of the pipeline.
         outputs: directory for what the steps put out; each run makes one of its own in it.
         cache: directory that remembers which outputs can be used again.
@@ -93,7 +94,7 @@ def run_locally(
                 cache_root=str(cache),
             )
             try:
-                return dict(prune()(**arguments).outputs)
+                return dict(pipeline(**arguments).outputs)
             except RuntimeError:
                 if steps.failure:
                     raise steps.failure from None

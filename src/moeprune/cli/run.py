@@ -213,6 +213,7 @@ def _containers(image: str, arguments: dict[str, Any]) -> Containers:
 def _run(name: str, arguments: dict[str, Any], state: Path, screen: Screen, containers: Containers | None) -> None:
     from moeprune.pipelines.freshness import state_of
     from moeprune.pipelines.local_run import StepError, run_locally
+    from moeprune.pipelines.prune import prune
 
     made_by = state_of(arguments["model"], arguments["data"])
     if containers:
@@ -222,6 +223,7 @@ def _run(name: str, arguments: dict[str, Any], state: Path, screen: Screen, cont
     with log_path.open("w", encoding="utf-8") as log, tracking.pipeline_run(name, arguments) as tracked:
         try:
             outputs = run_locally(
+                prune(),
                 arguments,
                 outputs=state / "runs",
                 cache=state / "cache" / made_by,
