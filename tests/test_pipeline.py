@@ -369,7 +369,7 @@ class TestComponents:
         assert pruned.metadata["method"] == "m"
         assert (pruned.metadata["fewest_experts"], pruned.metadata["most_experts"]) == (3, 5)
 
-    def test_distill(self, called: Callable[..., list[dict[str, Any]]]) -> None:
+    def test_distill(self, called: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
         calls = called("distill", SimpleNamespace(steps=2))
         student, plan, distilled = Artifact("student", method="m"), Artifact("plan"), Artifact("distilled")
         options = {
@@ -386,8 +386,10 @@ class TestComponents:
             "stay_below": "2GiB",
             "trust_remote_code": True,
         }
+        monkeypatch.setenv("MOEPRUNE_WORK", "s3://bucket/unfinished")
         distill.python_func(teacher="M", student=student, plan=plan, data="D", distilled=distilled, **options)
         given = {"teacher": "M", "student": student.path, "plan": plan.path, "data": "D", "out": distilled.path}
+        given["work"] = "s3://bucket/unfinished"
         options["memory_limit"] = options.pop("stay_below")
         assert calls == [given | options]
         assert distilled.metadata == {"method": "m", "optimizer_steps": 2}
