@@ -33,7 +33,7 @@ down: $(VENV)/ready  ## stop them
 	@$(BIN)/moeprune down --state $(STATE)
 
 test: $(VENV)/ready-dev  ## the tests, in PROCESSES at once (2)
-	@$(BIN)/pytest -q -n $(PROCESSES) --dist worksteal $(ARGS)
+	@$(BIN)/pytest -q -n $(PROCESSES) --dist loadfile $(ARGS)
 
 families: $(VENV)/ready-dev  ## prune a tiny model of every family, and write docs/families.md
 	@$(BIN)/pytest -q tests/test_families.py --write-families
