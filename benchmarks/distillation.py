@@ -29,6 +29,7 @@ from quality_table.texts import BUILTIN, Domain
 from moeprune import places
 from moeprune.atomic import write_beside
 from moeprune.checkpoint.loading import Checkpoint
+from moeprune.distillation.layer_local.settings import Settings
 from moeprune.distillation.text import HELD_OUT
 from moeprune.evaluation.measure import measure
 from moeprune.methods import find
@@ -163,14 +164,16 @@ def _row(raw: dict[str, Any], original: Judged) -> dict[str, str]:
 
 
 def rates(bench: Bench, row: Row) -> tuple[str, dict[str, Any]]:
-    """Layer-local beside end to end: the same parts, the same text, once."""
+    """Layer-local beside end to end: the same parts, the same text, as often."""
     student, plan = bench.pruned(row)
-    _, ours = bench.distilled(row, student, plan, "layer-local", "--epochs", "1")
-    _, theirs = bench.distilled(row, student, plan, "end-to-end", "--epochs", "1", "--evaluations", "1")
+    epochs = str(Settings.epochs)
+    _, ours = bench.distilled(row, student, plan, "layer-local", "--epochs", epochs)
+    _, theirs = bench.distilled(row, student, plan, "end-to-end", "--epochs", epochs, "--evaluations", "1")
+    tokens = bench.tokens * Settings.epochs
     told = (
-        f"One epoch of {row.label}'s experts and routers over {bench.tokens:,} tokens, whole commands: layer-local "
-        f"{bench.tokens / ours.seconds:,.0f} tokens/s and {ours.peak_bytes / 2**20:,.0f} MiB, end to end "
-        f"{bench.tokens / theirs.seconds:,.0f} tokens/s and {theirs.peak_bytes / 2**20:,.0f} MiB: layer-local is "
+        f"{Settings.epochs} epochs of {row.label}'s experts and routers over {bench.tokens:,} tokens, whole commands: "
+        f"layer-local {tokens / ours.seconds:,.0f} tokens/s and {ours.peak_bytes / 2**20:,.0f} MiB, end to end "
+        f"{tokens / theirs.seconds:,.0f} tokens/s and {theirs.peak_bytes / 2**20:,.0f} MiB: layer-local is "
         f"{theirs.seconds / ours.seconds:.2f} times as fast, in {ours.peak_bytes / theirs.peak_bytes:.0%} of the "
         "memory."
     )
