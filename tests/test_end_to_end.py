@@ -22,6 +22,7 @@ from training import SETTINGS, TEXT, Pair, in_processes, make_pair
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from moeprune.checkpoint.loading import Checkpoint
+from moeprune.checkpoint.surgery import apply
 from moeprune.distillation.end_to_end import training as training_module
 from moeprune.distillation.end_to_end.distilling import Assignment, distill_whole
 from moeprune.distillation.end_to_end.inner import watching
@@ -38,6 +39,7 @@ from moeprune.distillation.losses import cross_entropy, divergence
 from moeprune.distillation.objective import Objective
 from moeprune.distillation.text import Text
 from moeprune.errors import InputError, ServiceError
+from moeprune.plan import LayerPlan
 
 STEPS = 6
 
@@ -476,6 +478,28 @@ def test_zeros_of_a_sparse_plan_stay(
         assert torch.equal(before[name] == 0, after[name] == 0), name
         assert torch.equal(before[name], after[name]) == ("lora" in parts), name
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])  # a stock dense layer, and one of the modelling file
+@pytest.mark.parametrize("objective", ["logits=1", "block=1", "experts=1,block=1"])
+def test_condensed_layers_learn_and_nothing_else(
+    family: str, objective: str, checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """CD-MoE's lightweight fine-tuning."""
+    teacher = Checkpoint(checkpoint_of(family))
+    names = list(teacher.layout.layers)
+    plan = tiny.plan_for(names, [list(range(tiny.EXPERTS))] * len(names), teacher.fingerprint)
+    weights = {1: 0.4, 4: 0.3}
+    plan.layers[names[-1]] = LayerPlan(experts=tiny.EXPERTS, top_k=tiny.TOP_K, keep=[1, 4], condensed=weights)
+    plan.save(tmp_path / "plan.json")
+    apply(teacher, plan, tmp_path / "pruned")
+    pair = Pair(teacher, Checkpoint(tmp_path / "pruned"), plan, tmp_path / "plan.json")
+    assert whole(pair, TEXT, tmp_path / "out", objective, "condensed").better
+    before, after = state(pair.student), state(Checkpoint(tmp_path / "out"))
+    unlike = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[-2] for name in unlike} == {"gate_proj", "up_proj", "down_proj"}
+    of_last = f".layers.{len(names) - 1}."
+    assert all(of_last in name and "attn" not in name and ".experts." not in name for name in unlike)
 
 
 def state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
