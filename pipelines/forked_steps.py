@@ -1,13 +1,15 @@
 """Steps as processes that begin with the libraries loaded.
 
 A step's own work on a small model takes a second, and importing torch and transformers several; a run has a dozen
-steps. So they are forked from one process that has imported these, and done nothing with them.
+steps. So they are forked from one process that has imported these, and done nothing with them. That is Linux's alone:
+elsewhere the system's own libraries may not bear a fork, and each step begins anew.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +18,8 @@ from multiprocessing import forkserver, reduction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from .processes import Started
 
 _LOADED = [
     "kfp.dsl.executor_main",
@@ -27,25 +31,32 @@ _LOADED = [
     "mlflow",
 ]
 _SOURCE_IS_BEFORE = "--executor_input"
-_FORKING = multiprocessing.get_context("forkserver")
+_CAN_FORK = sys.platform == "linux"
 
 
-class ForkedStep:
-    """A step that runs. It leads a process group of its own."""
+def start_step(command: Sequence[str], environment: dict[str, str], out: int) -> Started:
+    """Start a step.
 
+    Args:
+        command: as `kfp.local` would run it: a shell that writes the component's source text to a file, that text, and
+            the arguments of kfp's executor. Where it is forked, the shell is left out.
+        environment: of the step.
+        out: file that its output goes to, standard error included.
+    """
+    if _CAN_FORK:
+        return _ForkedStep(command, environment, out)
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+    )
+
+
+class _ForkedStep:
     def __init__(self, command: Sequence[str], environment: dict[str, str], out: int) -> None:
-        """Start it.
-
-        Args:
-            command: as `kfp.local` would run it: a shell that writes the component's source text to a file, that text,
-                and the arguments of kfp's executor. The shell is left out.
-            environment: of the step.
-            out: file that its output goes to, standard error included.
-        """
         load()
         place = command.index(_SOURCE_IS_BEFORE)
         source, arguments = command[place - 1], list(command[place:])
-        self._process = _FORKING.Process(target=_carry_out, args=(source, arguments, environment, _Lent(out)))
+        forking = multiprocessing.get_context("forkserver")
+        self._process = forking.Process(target=_carry_out, args=(source, arguments, environment, _Lent(out)))
         with _no_main_module():
             self._process.start()
 
@@ -63,7 +74,9 @@ class ForkedStep:
 
 def load() -> None:
     """Begin to import what steps need, in the process that they are forked from, where that is not done yet."""
-    _FORKING.set_forkserver_preload(_LOADED)
+    if not _CAN_FORK:
+        return
+    forkserver.set_forkserver_preload(_LOADED)
     forkserver.ensure_running()
 
 

@@ -22,7 +22,7 @@ from moeprune.errors import MoepruneError
 from moeprune.services.signals import announced
 
 from .containers import Containers
-from .forked_steps import ForkedStep
+from .forked_steps import start_step
 from .processes import follow
 
 # What moeprune.progress writes where there is no terminal.
@@ -126,7 +126,7 @@ class _Steps:
         environment = os.environ | self._environment | (env_vars or {})
 
         def carry_out(hear: Callable[[str], None]) -> int:
-            return follow(lambda out: ForkedStep(full_command, environment, out), hear, self.stopping)
+            return follow(lambda out: start_step(full_command, environment, out), hear, self.stopping)
 
         return self.run(full_command, carry_out)
 

@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from moeprune.evaluation.report import Report
+from moeprune.pipelines import forked_steps
 from moeprune.pipelines.local_run import StepError, run_locally
 from moeprune.pipelines.sweep import sweep
 
@@ -75,6 +76,7 @@ def test_every_method_at_every_ratio_is_measured_beside_the_others(qwen: Path, t
         assert any(experts[other] <= experts[name] and losses[other] <= losses[name] for other in front)
 
 
-def test_what_no_model_can_be_made_of_is_said(qwen: Path, tmp_path: Path) -> None:
+def test_what_no_model_can_be_made_of_is_said(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forked_steps, "_CAN_FORK", False)  # and so it is where nothing may be forked
     with pytest.raises(StepError, match=r"combine: .*magic"):
         run(tmp_path, qwen, Heard(), methods=["magic"])
