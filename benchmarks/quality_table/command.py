@@ -129,13 +129,13 @@ def publish(
 
 
 def _command(arguments: list[str]) -> str:
-    """What was run, without where things lie on this machine."""
+    """What makes this table, without where things lie on this machine, and what was there already."""
     parts = ["python", "benchmarks/quality.py"]
     rest = iter(arguments)
     for argument in rest:
         if argument in ("--state", "--out"):
             next(rest, None)
-        elif not argument.startswith(("--state=", "--out=")):
+        elif argument != "--measured-only" and not argument.startswith(("--state=", "--out=")):
             parts.append(shlex.quote(_without_directories(argument)))
     return " ".join(parts)
 
