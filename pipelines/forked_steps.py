@@ -13,11 +13,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing import forkserver, reduction
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from .processes import Started
 
@@ -56,9 +56,13 @@ class _ForkedStep:
         place = command.index(_SOURCE_IS_BEFORE)
         source, arguments = command[place - 1], list(command[place:])
         forking = multiprocessing.get_context("forkserver")
-        self._process = forking.Process(target=_carry_out, args=(source, arguments, environment, _Lent(out)))
-        with _no_main_module():
-            self._process.start()
+        heard, says = forking.Pipe(duplex=False)
+        with Connection(os.dup(out), readable=False) as lent, says:
+            self._process = forking.Process(target=_carry_out, args=(source, arguments, environment, lent, says))
+            with _no_main_module():
+                self._process.start()
+        with heard, suppress(EOFError):  # until it leads its group, or has ended: it can be told to stop then
+            heard.recv()
 
     @property
     def pid(self) -> int:
@@ -91,27 +95,17 @@ def _no_main_module() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-class _Lent:
-    """An open file that is passed on to a process as that is started."""
-
-    def __init__(self, file: int) -> None:
-        self._file = file
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (reduction.DupFd(self._file),)
-
-
-def _received(lent: Any) -> int:
-    return int(lent.detach())
-
-
-def _carry_out(source: str, arguments: list[str], environment: dict[str, str], out: int) -> None:
-    os.setsid()
+def _carry_out(
+    source: str, arguments: list[str], environment: dict[str, str], out: Connection, leads: Connection
+) -> None:
     from kfp.dsl.executor_main import executor_main
 
+    os.setsid()
     for standard in (sys.stdout, sys.stderr):
-        os.dup2(out, standard.fileno())
-    os.close(out)
+        os.dup2(out.fileno(), standard.fileno())
+    out.close()
+    with leads:
+        leads.send(None)
     os.environ.clear()
     os.environ.update(environment, _KFP_RUNTIME="true")
     tempfile.tempdir = None  # may have been looked up for other processes

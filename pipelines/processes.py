@@ -77,7 +77,4 @@ def _interrupt(process: Started, reader: Thread) -> None:
 
 def _signal(process: Started, number: int) -> None:
     with suppress(ProcessLookupError, PermissionError):  # all gone, or (macOS) only not yet reaped
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:  # it has no group of its own yet
-            os.kill(process.pid, number)
+        os.killpg(process.pid, number)
