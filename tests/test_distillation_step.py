@@ -21,10 +21,11 @@ from elsewhere import run_elsewhere
 from masking import draws, plain_logits
 from safetensors.torch import load_file, save_file
 
+from moeprune import s3
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.surgery import apply
 from moeprune.distillation.layer_local import learnt
-from moeprune.errors import InputError
+from moeprune.errors import InputError, ServiceError
 from moeprune.plan import LayerPlan, Plan
 from moeprune.services import BUCKET
 from moeprune.steps import distill as step
@@ -272,6 +273,18 @@ def test_a_call_on_another_machine_goes_on_with_what_is_on_s3(
     assert "Contents" not in client.list_objects_v2(Bucket=BUCKET, Prefix="unfinished/")
     step.distill(**arguments | {"out": str(tmp_path / "once")})
     assert bytes_in(tmp_path / "second") == bytes_in(tmp_path / "once")
+
+
+def test_what_cannot_be_removed_from_s3_is_said_and_the_step_is_done(
+    arguments: dict[str, Any], connected: object, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(address: str) -> None:
+        raise ServiceError(f"S3 refuses {address}")
+
+    monkeypatch.setattr(s3, "remove", refuse)
+    step.distill(**arguments | {"epochs": 1}, work=f"s3://{BUCKET}/refused")
+    assert (Path(arguments["out"]) / "config.json").is_file()
+    assert f"note: what was kept on the way is still there: S3 refuses s3://{BUCKET}/refused/" in capfd.readouterr().err
 
 
 def test_where_nothing_gets_better_the_pruned_model_is_kept(

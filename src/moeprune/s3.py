@@ -67,19 +67,14 @@ def bucket_and_key(address: str) -> tuple[str, str]:
 
 def refuse_if_taken(address: str) -> None:
     """Raise InputError where there are objects below an address, or not even a bucket."""
-    # Shards of another model that stayed between the new ones would be read with them.
-    if is_taken(address):
-        raise InputError(f"{address} exists already and is not empty; choose another place or remove it first")
-
-
-def is_taken(address: str) -> bool:
-    """Whether there are objects below an address. Raises InputError where there is not even a bucket."""
     bucket, key = bucket_and_key(address)
     s3 = client()
     with speaking_plainly(address):
         s3.head_bucket(Bucket=bucket)
+        # Shards of another model that stayed between the new ones would be read with them.
         below = s3.list_objects_v2(Bucket=bucket, Prefix=f"{key}/", MaxKeys=2).get("Contents", [])
-        return any(not item["Key"].endswith("/") for item in below)
+        if any(not item["Key"].endswith("/") for item in below):
+            raise InputError(f"{address} exists already and is not empty; choose another place or remove it first")
 
 
 def download(address: str, target: Path) -> Path:
@@ -98,21 +93,26 @@ def download(address: str, target: Path) -> Path:
 
 def objects(address: str) -> list[dict[str, Any]]:
     """The object at an address, or those below it. Raises InputError where there is none."""
+    wanted = objects_if_any(address)
+    if not wanted:
+        raise InputError(f"there is nothing at {address}")
+    return wanted
+
+
+def objects_if_any(address: str) -> list[dict[str, Any]]:
+    """The object at an address, or those below it. Raises InputError where there is not even a bucket."""
     bucket, key = bucket_and_key(address)
     with speaking_plainly(address):
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
         present = [item for page in pages for item in page.get("Contents", [])]
-        files = [item for item in present if not item["Key"].endswith("/")]  # consoles mark folders by such objects
-        wanted = [item for item in files if item["Key"] == key or item["Key"].startswith(key + "/")]
-        if not wanted:
-            raise InputError(f"there is nothing at {address}")
-        return wanted
+    files = [item for item in present if not item["Key"].endswith("/")]  # consoles mark folders by such objects
+    return [item for item in files if item["Key"] == key or item["Key"].startswith(key + "/")]
 
 
 def remove(address: str) -> None:
-    """Remove the object at an address, and those below it. Raises InputError where there is none."""
+    """Remove the object at an address, and those below it."""
     bucket, _ = bucket_and_key(address)
-    found = objects(address)
+    found = objects_if_any(address)
     s3 = client()
     with speaking_plainly(address):
         for item in found:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from moeprune import s3
+from moeprune.errors import MoepruneError
+from moeprune.progress import note
 
 
 class S3Work:
@@ -15,12 +17,16 @@ class S3Work:
     """
 
     def __init__(self, address: str) -> None:
-        s3.bucket_and_key(address)
         self._address = address
 
     def fetch(self, directory: Path) -> None:
-        """Bring what is there. Raises ServiceError: S3 refuses or cannot be reached."""
-        if s3.is_taken(self._address):
+        """Bring what is there.
+
+        Raises:
+            InputError: there is not even a bucket.
+            ServiceError: S3 refuses or cannot be reached.
+        """
+        if s3.objects_if_any(self._address):
             s3.download(self._address, directory)
 
     def keep(self, directory: Path) -> None:
@@ -29,12 +35,14 @@ class S3Work:
         Raises:
             ServiceError: S3 refuses or cannot be reached.
         """
-        there = {Path(item["Key"]).name for item in s3.objects(self._address)} if s3.is_taken(self._address) else set()
+        there = {PurePosixPath(item["Key"]).name for item in s3.objects_if_any(self._address)}
         for path in sorted(directory.iterdir()):
             if path.is_file() and path.name not in there:
                 s3.upload(path, f"{self._address}/{path.name}")
 
     def forget(self) -> None:
-        """Remove all of it. Raises ServiceError: S3 refuses or cannot be reached."""
-        if s3.is_taken(self._address):
+        """Remove all of it. The job is done: where that cannot be, it is only said."""
+        try:
             s3.remove(self._address)
+        except MoepruneError as error:
+            note(f"what was kept on the way is still there: {error}")
