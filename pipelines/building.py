@@ -1,7 +1,7 @@
 """Pipelines that are built when they are first asked for, and not when their file is imported.
 
-For each thing that is said of a task, kfp looks at the whole stack. Below an import that takes a fifth of a second each
-time (Python looks through all modules for the source of the import machinery), and seconds for a pipeline.
+For each thing that is said of a task, kfp looks at the whole stack. Below an import that is slow (Python looks through
+all modules for the source of the import machinery), and with all that is said of a pipeline's tasks takes seconds.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 
 from kfp import kubernetes
 
+from moeprune.tracking import PIPELINE_RUN_VARIABLE
 from moeprune.train_job import Nodes
 from moeprune.train_job.pod import POD_VARIABLE
 
@@ -35,13 +36,13 @@ VOLUME_PATH: str = Nodes.model_fields["volume_path"].default
 
 
 def use_services(task: Any) -> None:
-    """Give a task the variables above, and `KFP_RUN_ID`, by which steps of one run find each other in MLflow.
+    """Give a task the variables above, and by what the steps of one run find each other in MLflow.
 
     It is never root, and so may run where Kubernetes enforces the restricted standard.
     """
     kubernetes.set_security_context(task, run_as_user=_USER, run_as_non_root=True)
     kubernetes.use_secret_as_env(task, SECRET, {name: name for name in VARIABLES}, optional=True)
-    kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
+    kubernetes.use_field_path_as_env(task, PIPELINE_RUN_VARIABLE, "metadata.labels['pipeline/runid']")
 
 
 def use_nodes(task: Any, volume: Any) -> None:

@@ -179,7 +179,7 @@ class TestTheYaml:
             assert secret["optional"] is True
             assert {entry["envVar"] for entry in secret["keyToEnv"]} == set(VARIABLES)
             run_id, *_ = executor["fieldPathAsEnv"]
-            assert run_id == {"name": "KFP_RUN_ID", "fieldPath": "metadata.labels['pipeline/runid']"}
+            assert run_id == {"name": "MOEPRUNE_PIPELINE_RUN", "fieldPath": "metadata.labels['pipeline/runid']"}
         for name, executor in spec["deploymentSpec"]["executors"].items():
             assert name == f"exec-{IMPORTER}" or "env" not in executor["container"]
 

@@ -88,7 +88,7 @@ class TestWhichRun:
     ) -> None:
         with tracking.step("outer", {}) as outer:
             monkeypatch.setenv("MOEPRUNE_PARENT_RUN_ID", outer.run_id)
-            monkeypatch.setenv("KFP_RUN_ID", "would otherwise be used")
+            monkeypatch.setenv("MOEPRUNE_PIPELINE_RUN", "would otherwise be used")
             with tracking.step("inner", {}):
                 pass
         assert {run.info.run_name: run.data.tags.get(PARENT) for run in runs(client)} == {
@@ -123,13 +123,17 @@ class TestWhichRun:
 
     def test_one_for_each_kubeflow_run(self, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tracking, "_SECONDS_FOR_OTHERS", 0.0)
-        for kfp_run in ("11111111-aaaa", "22222222-bbbb"):
-            monkeypatch.setenv("KFP_RUN_ID", kfp_run)
+        for pipeline_run in ("11111111-aaaa", "22222222-bbbb"):
+            monkeypatch.setenv("MOEPRUNE_PIPELINE_RUN", pipeline_run)
             for name in ("calibrate", "cluster"):
                 with tracking.step(name, {}):
                     pass
         found = runs(client)
-        parents = {run.data.tags["kfp.run_id"]: run.info.run_id for run in found if "kfp.run_id" in run.data.tags}
+        parents = {
+            run.data.tags["moeprune.pipeline_run"]: run.info.run_id
+            for run in found
+            if "moeprune.pipeline_run" in run.data.tags
+        }
         assert parents.keys() == {"11111111-aaaa", "22222222-bbbb"}
         nested = [(run.info.run_name, run.data.tags[PARENT]) for run in found if PARENT in run.data.tags]
         assert sorted(nested) == sorted((name, run) for run in parents.values() for name in ("calibrate", "cluster"))
@@ -139,9 +143,9 @@ class TestWhichRun:
         self, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Each looks before any has made a run, and makes one; whichever they choose, it is the same."""
-        monkeypatch.setenv("KFP_RUN_ID", "33333333-cccc")
+        monkeypatch.setenv("MOEPRUNE_PIPELINE_RUN", "33333333-cccc")
         together = threading.Barrier(4)
-        look = tracking._runs_of_kubeflow
+        look = tracking._runs_of_pipeline
         seen: list[str] = []
 
         def look_together(*arguments: Any) -> list[str]:
@@ -154,7 +158,7 @@ class TestWhichRun:
             with tracking.step(name, {}) as run:
                 seen.append(run.parent_id)
 
-        monkeypatch.setattr(tracking, "_runs_of_kubeflow", look_together)
+        monkeypatch.setattr(tracking, "_runs_of_pipeline", look_together)
         clock = SimpleNamespace(time=time.time, sleep=lambda seconds: together.wait(30))
         monkeypatch.setattr(tracking, "time", clock)
         client.create_experiment(os.environ["MLFLOW_EXPERIMENT_NAME"])
@@ -165,7 +169,7 @@ class TestWhichRun:
             thread.join()
         assert len(seen) == 4
         assert len(set(seen)) == 1
-        parents = [run.info.run_id for run in runs(client) if "kfp.run_id" in run.data.tags]
+        parents = [run.info.run_id for run in runs(client) if "moeprune.pipeline_run" in run.data.tags]
         assert parents == seen[:1]
 
     @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
@@ -173,7 +177,7 @@ class TestWhichRun:
         self, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, status: str
     ) -> None:
         monkeypatch.setattr(tracking, "_SECONDS_FOR_OTHERS", 0.0)
-        monkeypatch.setenv("KFP_RUN_ID", f"44444444-{status}")
+        monkeypatch.setenv("MOEPRUNE_PIPELINE_RUN", f"44444444-{status}")
         with tracking.step("calibrate", {}) as step:
             pass
         orphan = client.create_run(step.experiment_id, tags={PARENT: step.parent_id}).info.run_id
@@ -187,7 +191,7 @@ class TestWhichRun:
 
     def test_none_is_made_to_be_ended(self, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
         client.create_experiment(os.environ["MLFLOW_EXPERIMENT_NAME"])
-        monkeypatch.setenv("KFP_RUN_ID", "55555555")
+        monkeypatch.setenv("MOEPRUNE_PIPELINE_RUN", "55555555")
         close_run("FAILED")
         assert not runs(client)
 

@@ -237,7 +237,7 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesA
     api = KubernetesApi()
     api.add_runtime("clustertrainingruntimes", DEFAULT_RUNTIME)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
-    monkeypatch.setenv("KFP_RUN_ID", "run-1")
+    monkeypatch.setenv("MOEPRUNE_PIPELINE_RUN", "run-1")
     with kubernetes_api.serving(api, tmp_path / "kubeconfig"):
         yield api
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from moeprune.errors import InputError, ServiceError
 from moeprune.progress import note
 from moeprune.services.signals import deferred, raised
+from moeprune.tracking import PIPELINE_RUN_VARIABLE
 from moeprune.train_job.cluster import Cluster, ExistsError, NoAnswerError, NotThereError
 from moeprune.train_job.log import NodeLog
 from moeprune.train_job.manifest import train_job
@@ -24,7 +25,6 @@ _SECONDS_BETWEEN_LOOKS = 5.0
 _SECONDS_FOR_OBSTACLES = 900.0  # to be removed by somebody's hand: an image pushed, a secret made
 _SECONDS_TO_CLEAN_UP = 20.0  # of the 30 that a pod has after SIGTERM
 _LINES_OF_A_FAILED_NODE = 20
-_RUN_VARIABLE = "KFP_RUN_ID"
 
 
 def run_train_job(
@@ -62,7 +62,7 @@ def run_train_job(
         if not own_pod.image:
             raise InputError("which image is the job to run? name one that has moeprune in it")
         nodes = nodes.model_copy(update={"image": own_pod.image})
-    run = os.environ.get(_RUN_VARIABLE, "")
+    run = os.environ.get(PIPELINE_RUN_VARIABLE, "")
     kind = cluster.runtime_kind(nodes.runtime)
     job = train_job(name, nodes, command, runtime_kind=kind, run=run, owner=own_pod.owner)
     started = False

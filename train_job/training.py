@@ -17,12 +17,11 @@ from moeprune.distillation.end_to_end.processes import failure_file, why_it_fail
 from moeprune.distillation.end_to_end.telling import EventFile, Listener
 from moeprune.distillation.end_to_end.training import Outcome
 from moeprune.errors import InputError, ServiceError
+from moeprune.tracking import PIPELINE_RUN_VARIABLE
 from moeprune.train_job.cluster import Cluster
 from moeprune.train_job.manifest import job_name
 from moeprune.train_job.nodes import Nodes
 from moeprune.train_job.running import run_train_job
-
-_RUN_VARIABLE = "KFP_RUN_ID"
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def train_on_nodes(job: Job, listener: Listener, nodes: Nodes, cluster: Cluster 
     cluster = cluster or Cluster()
     cluster.runtime_kind(nodes.runtime)  # refused before anything is copied
     job = _with_models_on_the_volume(job, nodes)
-    name = job_name(os.environ.get(_RUN_VARIABLE, ""), nodes.model_dump(), job.model_dump(mode="json"))
+    name = job_name(os.environ.get(PIPELINE_RUN_VARIABLE, ""), nodes.model_dump(), job.model_dump(mode="json"))
     events, failure = EventFile.of(job.directory), failure_file(job.directory)
 
     def pass_on() -> None:

@@ -13,7 +13,9 @@ import yaml  # type: ignore[import-untyped]  # kfp brings it
 
 from moeprune.errors import InputError
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a pipeline is long, and Python reads it for a second
+# A pipeline is long, and Python's own reader slow.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 # What each of Kubeflow's types takes, and how to say it.
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "STRING": ((str,), "a text"),

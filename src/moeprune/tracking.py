@@ -3,10 +3,10 @@ configured.
 
 Which run a step logs to, first that applies:
 
-    MLFLOW_RUN_ID            the run that Kubeflow Pipelines' own integration made for this task; Kubeflow will end it
+    MLFLOW_RUN_ID            the run that whoever started the step made for it, and will end
     MOEPRUNE_PARENT_RUN_ID   a run nested under that one, as `moeprune run` sets it
-    KFP_RUN_ID               a run nested under the one of this Kubeflow run, which the first step to come makes, and
-                             `end_run_of_kubeflow` ends
+    MOEPRUNE_PIPELINE_RUN    a run nested under the one that all steps with the same value share, which the first step
+                             to come makes, and `end_run_of_pipeline` ends
     MLFLOW_TRACKING_URI      a run of its own
 """
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PARENT_RUN_VARIABLE = "MOEPRUNE_PARENT_RUN_ID"
-_KFP_RUN_VARIABLE = "KFP_RUN_ID"
-_KFP_RUN_TAG = "kfp.run_id"
+PIPELINE_RUN_VARIABLE = "MOEPRUNE_PIPELINE_RUN"
+_PIPELINE_RUN_TAG = "moeprune.pipeline_run"
 _PARENT_TAG = "mlflow.parentRunId"
 _DEFAULT_EXPERIMENT = "moeprune"
 # The UI shows runs, metrics and figures first, not the evaluation of prompts.
@@ -215,7 +215,7 @@ def step(name: str, params: Mapping[str, Any]) -> Iterator[TrackedRun]:
             tracked = TrackedRun(client, given, run.info.experiment_id, run.data.tags.get(_PARENT_TAG, ""))
         else:
             experiment = _experiment(client)
-            parent = os.environ.get(PARENT_RUN_VARIABLE) or _run_of_kubeflow(client, experiment)
+            parent = os.environ.get(PARENT_RUN_VARIABLE) or _run_of_pipeline(client, experiment)
             tags = {_PARENT_TAG: parent} if parent else {}
             made = client.create_run(experiment, run_name=name, tags=tags)
             tracked = TrackedRun(client, made.info.run_id, experiment, parent)
@@ -280,36 +280,38 @@ def _end_orphans(parent: TrackedRun) -> None:
         parent.client.set_terminated(run.info.run_id, "KILLED")
 
 
-def _run_of_kubeflow(client: MlflowClient, experiment: str) -> str:
-    """The parent run of this Kubeflow run, made by whichever step comes first; empty outside Kubeflow.
+def _run_of_pipeline(client: MlflowClient, experiment: str) -> str:
+    """The parent run of this pipeline's run, made by whichever step comes first; empty outside a pipeline.
 
     Steps that come at once each make one. None looks again before what the others made can be seen, so that all choose
     the same of them, whatever their clocks say, and the others are removed.
     """
-    kfp_run = os.environ.get(_KFP_RUN_VARIABLE)
-    if not kfp_run:
+    pipeline_run = os.environ.get(PIPELINE_RUN_VARIABLE)
+    if not pipeline_run:
         return ""
-    found = _runs_of_kubeflow(client, experiment, kfp_run)
+    found = _runs_of_pipeline(client, experiment, pipeline_run)
     if found:
         return found[0]
-    made = client.create_run(experiment, run_name=f"prune-{kfp_run[:8]}", tags={_KFP_RUN_TAG: kfp_run}).info.run_id
+    made = client.create_run(
+        experiment, run_name=f"prune-{pipeline_run[:8]}", tags={_PIPELINE_RUN_TAG: pipeline_run}
+    ).info.run_id
     time.sleep(_SECONDS_FOR_OTHERS)
-    chosen = next(iter(_runs_of_kubeflow(client, experiment, kfp_run)), made)
+    chosen = next(iter(_runs_of_pipeline(client, experiment, pipeline_run)), made)
     if chosen != made:
         client.delete_run(made)
     return chosen
 
 
-def _runs_of_kubeflow(client: MlflowClient, experiment: str, kfp_run: str) -> list[str]:
-    """The parent runs that were made for a Kubeflow run, in an order that all steps see alike."""
-    found = client.search_runs([experiment], f"tags.`{_KFP_RUN_TAG}` = '{kfp_run}'")
+def _runs_of_pipeline(client: MlflowClient, experiment: str, pipeline_run: str) -> list[str]:
+    """The parent runs that were made for a run of a pipeline, in an order that all steps see alike."""
+    found = client.search_runs([experiment], f"tags.`{_PIPELINE_RUN_TAG}` = '{pipeline_run}'")
     return [run.info.run_id for run in sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))]
 
 
-def end_run_of_kubeflow(status: str, error: str = "") -> TrackedRun:
-    """End the parent run of this Kubeflow run, and what its steps had no time to end.
+def end_run_of_pipeline(status: str, error: str = "") -> TrackedRun:
+    """End the parent run of this pipeline's run, and what its steps had no time to end.
 
-    A run that Kubeflow's own integration made, or that no step has made, is left alone; what comes back then logs
+    A run that somebody else made for the step, or that no step has made, is left alone; what comes back then logs
     nothing.
 
     Args:
@@ -319,13 +321,13 @@ def end_run_of_kubeflow(status: str, error: str = "") -> TrackedRun:
     Raises:
         ServiceError: MLflow is configured and does not answer, or refuses.
     """
-    kfp_run = os.environ.get(_KFP_RUN_VARIABLE)
-    if not is_configured() or not kfp_run:
+    pipeline_run = os.environ.get(PIPELINE_RUN_VARIABLE)
+    if not is_configured() or not pipeline_run:
         return TrackedRun()
     client = connect()
     with _plainly():
         experiment = _experiment(client)
-        found = _runs_of_kubeflow(client, experiment, kfp_run)
+        found = _runs_of_pipeline(client, experiment, pipeline_run)
         if not found:
             return TrackedRun()
         run = TrackedRun(client, found[0], experiment)

@@ -274,7 +274,7 @@ def _environment(services: Services) -> Iterator[None]:
     """This process's environment, which the steps inherit, with the services in it and no other run of MLflow's."""
     before = dict(os.environ)
     own_s3 = not before.keys().isdisjoint({"AWS_ACCESS_KEY_ID", "AWS_PROFILE"})
-    for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "KFP_RUN_ID"):
+    for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", tracking.PIPELINE_RUN_VARIABLE):
         os.environ.pop(variable, None)
     os.environ.update(
         {key: value for key, value in services.environment().items() if not (own_s3 and key.startswith("AWS_"))}

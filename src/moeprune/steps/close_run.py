@@ -15,4 +15,4 @@ def close_run(status: str, error: str = "") -> None:
     Raises:
         ServiceError: MLflow is configured and does not answer, or refuses.
     """
-    tracking.end_run_of_kubeflow(status, error)
+    tracking.end_run_of_pipeline(status, error)
