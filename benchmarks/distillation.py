@@ -145,7 +145,7 @@ def compare(bench: Bench, row: Row, settings: list[str]) -> dict[str, Any]:
 
 
 def _took(ran: Ran) -> dict[str, float]:
-    return {"seconds": ran.seconds, "peak_bytes": ran.peak_bytes}
+    return {"seconds": ran.seconds, "cpu_seconds": ran.cpu_seconds, "peak_bytes": ran.peak_bytes}
 
 
 def _row(raw: dict[str, Any], original: Judged) -> dict[str, str]:
@@ -158,7 +158,7 @@ def _row(raw: dict[str, Any], original: Judged) -> dict[str, str]:
         "won back": f"{1 - left / lost:.0%}" if lost > 0 else "nothing was lost",
         "accuracy after pruning": f"{before.accuracy / original.accuracy:.1%}",
         "accuracy after distillation": f"{after.accuracy / original.accuracy:.1%}",
-        "seconds": f"{raw['took']['seconds']:.0f}",
+        "CPU seconds": f"{raw['took']['cpu_seconds']:.0f}",
         "peak MiB": f"{raw['took']['peak_bytes'] / 2**20:,.0f}",
     }
 
@@ -206,8 +206,8 @@ def main() -> None:
         f"tokens, distilled on {options.blocks} ({bench.tokens:,} tokens trained on, the rest held out), judged on "
         f"{options.held_blocks} blocks of each domain. The original's loss is {original.loss:.3f}; the columns say how "
         "far above it the loss is, mean over the domains, nats per token. It predicts "
-        f"{original.accuracy:.1%} of the next tokens right; accuracy is given as a share of that. Seconds and memory "
-        "are of the whole command."
+        f"{original.accuracy:.1%} of the next tokens right; accuracy is given as a share of that. CPU seconds "
+        "and memory are of the whole command."
     )
     raw: dict[str, Any] = {"original": asdict(original), "methods": raws}
     if options.end_to_end:

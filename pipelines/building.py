@@ -13,13 +13,13 @@ from typing import Any
 from kfp import dsl
 
 
-def built_once(name: str, display_name: str) -> Callable[[Callable[..., Any]], Callable[[], Any]]:
+def built_once(name: str) -> Callable[[Callable[..., Any]], Callable[[], Any]]:
     """As `dsl.pipeline`, but what it makes of a function gives the pipeline when it is called, each time the same."""
 
     def decorate(wiring: Callable[..., Any]) -> Callable[[], Any]:
         @cache
         def build() -> Any:
-            return dsl.pipeline(wiring, name=name, display_name=display_name)
+            return dsl.pipeline(wiring, name=name)
 
         return build
 

@@ -35,7 +35,7 @@ class Outputs(NamedTuple):
     verdict: str
 
 
-@built_once("prune", "moeprune: prune a Mixture-of-Experts for a domain")
+@built_once("prune")
 def prune(
     model: str = "builtin://reference",
     data: str = "builtin://code",

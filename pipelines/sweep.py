@@ -33,7 +33,7 @@ class Outputs(NamedTuple):
     front: list[str]
 
 
-@built_once("sweep", "moeprune: many methods and ratios")
+@built_once("sweep")
 def sweep(
     model: str = "builtin://reference",
     data: str = "builtin://code",
