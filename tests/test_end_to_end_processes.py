@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from training import Pair, in_processes, make_pair
+from training import Pair, in_processes, make_pair, unheard
 
 from moeprune.distillation.end_to_end.keeping import Keeping
 from moeprune.distillation.end_to_end.processes import command, train_in_processes
@@ -49,10 +49,6 @@ def together(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     assert in_processes(2, work) == [0, 0]
     return root
-
-
-def unheard(_: Event) -> None:
-    pass
 
 
 def with_shares_noted(directory: Path, work: Callable[[], object]) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 import tiny
 import torch
 from masking import draws
+from safetensors.torch import load_file
 
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.surgery import apply
 from moeprune.distillation.end_to_end.job import Job, Training
+from moeprune.distillation.end_to_end.telling import Event
 from moeprune.distillation.text import Text
 from moeprune.plan import Plan, Sparsity
 from moeprune.services.ports import free_ports
@@ -64,6 +66,21 @@ def make_pair(source: Path, directory: Path, *, sparse: bool = False) -> Pair:
     plan.save(directory / "plan.json")
     apply(teacher, plan, directory / "pruned")
     return Pair(teacher, Checkpoint(directory / "pruned"), plan, directory / "plan.json")
+
+
+def unheard(_: Event) -> None:
+    """Nobody listens."""
+
+
+def state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, as they are stored."""
+    return {
+        name: value for path in checkpoint.directory.glob("*.safetensors") for name, value in load_file(path).items()
+    }
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 def in_processes(count: int, work: Callable[[], object], seconds: float = 120) -> list[int]:
