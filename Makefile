@@ -82,8 +82,8 @@ image-run: $(VENV)/ready  ## as `run`, its steps in containers of the image
 image-check: $(VENV)/ready-dev  ## build it, weigh it, look into it, run the pipeline in it: where there is an engine, or one can be started
 	@PYTHON=$(PYTHON) BASE=$(BASE) IMAGE=$(IMAGE) image/check.sh
 
-compile: $(VENV)/ready  ## write the pipelines to OUT (pipelines/compiled), to upload in the Kubeflow UI
-	@$(BIN)/python -m moeprune.pipelines.compile $(OUT)
+compile: $(VENV)/ready  ## write the pipelines to OUT (pipelines/compiled), to upload in the Kubeflow UI; ARGS='--workspace 200Gi'
+	@$(BIN)/python -m moeprune.pipelines.compile $(OUT) $(ARGS)
 
 launch-form: $(VENV)/ready  ## write docs/launch_form.md
 	@$(BIN)/python -m moeprune.pipelines.launch_form docs/launch_form.md

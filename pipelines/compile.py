@@ -18,6 +18,7 @@ from moeprune.errors import InputError
 from .closing import closed
 from .prune import prune
 from .sweep import sweep
+from .workspace import ACCESS_MODES, Workspace
 
 PIPELINES = {
     "prune": (prune, "moeprune: prune a Mixture-of-Experts for a domain"),
@@ -27,11 +28,12 @@ _IMAGE = re.compile(r"[\w.-]+(:\d+)?(/[\w.-]+)*(:[\w.-]+)?(@sha256:[0-9a-f]{64})
 
 
 @cache
-def compiled(pipeline: str, image: str = IMAGE) -> str:
+def compiled(pipeline: str, image: str = IMAGE, workspace: Workspace | None = None) -> str:
     """One of PIPELINES as YAML; the same source gives the same bytes.
 
     Args:
         image: that every component runs in.
+        workspace: a volume that the tasks of a run share.
 
     Raises:
         InputError: the image's name is none.
@@ -42,7 +44,8 @@ def compiled(pipeline: str, image: str = IMAGE) -> str:
         warnings.simplefilter("ignore")
         file = Path(scratch) / "pipeline.yaml"
         steps, display_name = PIPELINES[pipeline]
-        compiler.Compiler().compile(closed(steps(), f"moeprune-{pipeline}", display_name), str(file))
+        whole = closed(steps(workspace), f"moeprune-{pipeline}", display_name, workspace)
+        compiler.Compiler().compile(whole, str(file))
         # A component has its image from when it was imported; in a compiled pipeline it stands by itself on a line.
         return file.read_text(encoding="utf-8").replace(f" image: {IMAGE}\n", f" image: {image}\n")
 
@@ -52,11 +55,20 @@ def main() -> None:
     parser.add_argument(
         "out", type=Path, help="directory to write the YAML files to; MOEPRUNE_IMAGE names another image to run in"
     )
-    out: Path = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--workspace", metavar="SIZE", help="of a volume that the tasks of a run share, such as 200Gi")
+    parser.add_argument("--workspace-class", default="", metavar="NAME", help="its storage class")
+    parser.add_argument("--workspace-access", default=ACCESS_MODES[0], metavar="MODE", help=" or ".join(ACCESS_MODES))
+    options = parser.parse_args()
+    workspace = None
+    if options.workspace:
+        try:
+            workspace = Workspace(options.workspace, options.workspace_class, options.workspace_access)
+        except InputError as error:
+            parser.error(str(error))
+    options.out.mkdir(parents=True, exist_ok=True)
     for name in PIPELINES:
-        file = out / f"{name}.yaml"
-        file.write_text(compiled(name), encoding="utf-8")
+        file: Path = options.out / f"{name}.yaml"
+        file.write_text(compiled(name, workspace=workspace), encoding="utf-8")
         sys.stdout.write(f"{file}: written\n")
 
 

@@ -15,6 +15,8 @@ HOUR = 3600
 USER = 1000  # of the image
 # What only passes on what others made.
 LIGHT_CPUS, LIGHT_MEMORY, LIGHT_HOURS = "500m", "2Gi", 1
+# What only moves models.
+MOVING_CPUS, MOVING_MEMORY, MOVING_HOURS = "2", "4Gi", 12
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ def light(*tasks: Any) -> None:
     """Tasks that hold no GPU, and may run on any node."""
     for task in tasks:
         _place(task, LIGHT_CPUS, LIGHT_MEMORY, LIGHT_HOURS)
+
+
+def moving(task: Any) -> None:
+    """A task that waits for disks and the network."""
+    _place(task, MOVING_CPUS, MOVING_MEMORY, MOVING_HOURS)
 
 
 def heavy(task: Any, cpus: Any, memory: Any, *, hours: int, gpus: Any = None, pool: Pool | None = None) -> None:

@@ -17,7 +17,7 @@ from moeprune.components.promote import promote
 from moeprune.components.spread import spread
 from moeprune.methods import BASELINES, DEFAULT
 
-from . import placement
+from . import placement, workspace
 from .building import built_once
 from .on_a_cluster import VOLUME_PATH, use_nodes, use_services
 
@@ -222,13 +222,14 @@ def prune(
         recovery_blocks=recovery_blocks,
         **texts,
     )
+    student = workspace.checkpoint(pruned, "pruned")
     with dsl.If(distillation_nodes == 0, name="distillation in tasks"):
         # One shard is merged, too, so that what comes of this is one thing.
         numbered = spread(shards=distillation_shards)
         with dsl.ParallelFor(numbered.output, name="distillation shards") as part:
             learnt = distill(
                 teacher=model,
-                student=pruned.outputs["pruned"],
+                student=student,
                 plan=pruned.outputs["plan"],
                 data=data,
                 objective=distillation_objective,
@@ -243,13 +244,13 @@ def prune(
             )
         in_tasks = merge_distilled(
             parts=dsl.Collected(learnt.outputs["distilled"]),
-            student=pruned.outputs["pruned"],
+            student=student,
             trust_remote_code=trust_remote_code,
         )
     with dsl.Else(name="distillation on nodes"):
         on_nodes = distill_on_nodes(
             teacher=model,
-            student=pruned.outputs["pruned"],
+            student=student,
             plan=pruned.outputs["plan"],
             data=data,
             nodes=distillation_nodes,
@@ -268,10 +269,11 @@ def prune(
         artifact_uri=dsl.OneOf(in_tasks.outputs["Output"], on_nodes.outputs["Output"]),
         artifact_class=dsl.Model,
         reimport=True,
+        download_to_workspace=workspace.is_shared(),
     )
     measured = evaluate(
         original=model,
-        pruned=pruned.outputs["pruned"],
+        pruned=student,
         distilled=recovered.output,
         baseline_models=pruned.outputs["baseline_models"],
         clusters=clusters,

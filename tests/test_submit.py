@@ -19,6 +19,7 @@ from moeprune.errors import InputError
 from moeprune.pipelines.compile import compiled
 from moeprune.pipelines.submission import following, parameter_file, server
 from moeprune.pipelines.submission.package import Package
+from moeprune.pipelines.workspace import Workspace
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -388,6 +389,32 @@ class TestWaiting:
         code, _, err = submit("--wait", "--timeout", "0")
         assert code == 1
         assert "it goes on" in err
+
+
+class TestWorkspaces:
+    def test_the_pipeline_has_it(self, run_cli: Run) -> None:
+        code, out, err = run_cli("submit", "--dry-run", "--workspace", "3Gi", "--workspace-access", "ReadWriteOnce")
+        assert code == 0, err
+        wanted = compiled("prune", workspace=Workspace("3Gi", access_mode="ReadWriteOnce"))
+        assert Package.parse(wanted).digest[:12] in out
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (["--workspace", "big"], "of a size such as 200Gi, not 'big'"),
+            (["--workspace", "1Gi", "--workspace-access", "Many"], "ReadWriteMany or ReadWriteOnce, not 'Many'"),
+            (["--workspace-class", "shared"], "whose size --workspace says"),
+        ],
+    )
+    def test_it_can_be_none(self, run_cli: Run, options: list[str], said: str) -> None:
+        code, _, err = run_cli("submit", "--dry-run", *options)
+        assert code == 1
+        assert said in " ".join(err.split())
+
+    def test_a_compiled_pipeline_has_its_own(self, submit: Run) -> None:
+        code, _, err = submit("--dry-run", "--workspace", "1Gi")
+        assert code == 1
+        assert "has its image and its workspace already" in err
 
 
 class TestPackages:

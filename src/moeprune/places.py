@@ -7,13 +7,14 @@ address.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from moeprune import s3
-from moeprune.atomic import refuse_unwritable
+from moeprune.atomic import build_beside, refuse_unwritable
 from moeprune.checkpoint.byte_sources import ByteSource
 from moeprune.checkpoint.targets import LocalTarget, Target
 from moeprune.errors import InputError, ServiceError, in_one_line
@@ -21,6 +22,7 @@ from moeprune.s3_checkpoints import S3Directory, S3Target
 
 REFERENCE_MODEL = "builtin://reference"
 _BUILTIN_MODEL = Path(__file__).parent / "builtin" / "model"
+_ORIGIN = ".moeprune-brought-from"  # a file beside a model that was brought, with the address
 
 
 def is_remote(address: str) -> bool:
@@ -52,7 +54,7 @@ def local_model(address: str) -> Iterator[Path]:
     elif Path(address).is_dir():
         yield Path(address)
     elif is_on_hub(address):
-        yield _hub_snapshot(address)
+        yield Path(_hub_snapshot(address))
     else:
         raise InputError(
             f"the model {address} is not a directory, an s3:// address, {REFERENCE_MODEL} or a hub id (owner/name)"
@@ -85,6 +87,36 @@ def local_file(address: str) -> Iterator[Path]:
         yield Path(address)
     else:
         raise InputError(f"there is no file {address}")
+
+
+def brought(address: str, workspace: Path) -> str:
+    """Bring a model from S3 or the hub to below a directory, if this version of it is not there yet.
+
+    Returns:
+        The directory that it is in now; the address itself, of a model that needs no bringing.
+
+    Raises:
+        as `local_model`.
+    """
+    if not (is_remote(address) or is_on_hub(address)):
+        with local_model(address):
+            return address
+    now = workspace / "models" / hashlib.sha256(version(address).encode()).hexdigest()[:16]
+    model = now / PurePosixPath(address).name
+    if not now.exists():
+        with build_beside(now) as beside:
+            (beside / _ORIGIN).write_text(address, encoding="utf-8")
+            if is_remote(address):
+                s3.download(address, beside / model.name)
+            else:
+                _hub_snapshot(address, beside / model.name)
+    return str(model)
+
+
+def origin(address: str) -> str:
+    """The address of a model, of one that was `brought` that which it was brought from."""
+    said = Path(address).parent / _ORIGIN
+    return said.read_text(encoding="utf-8") if said.is_file() else address
 
 
 def version(address: str) -> str:
@@ -128,14 +160,15 @@ def output(address: str) -> Iterator[Path]:
         s3.upload(path, address)
 
 
-def _hub_snapshot(repository: str) -> Path:
+def _hub_snapshot(repository: str, to: Path | None = None) -> str:
+    """Raises InputError or ServiceError, as `local_model`. Without `to`, the hub's client keeps it where it does."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
         # Weights in other formats would double the download.
         ignored = ["*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "original/*"]
-        return Path(snapshot_download(repository, ignore_patterns=ignored))
+        return str(snapshot_download(repository, ignore_patterns=ignored, local_dir=to))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise InputError(f"there is no directory {repository} here and no such model on the hub") from error
     except Exception as error:  # what the hub's client raises depends on what it is built on

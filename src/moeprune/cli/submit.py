@@ -36,6 +36,18 @@ def submit(
         str,
         typer.Option(metavar="IMAGE", help="that the steps run in; default: $MOEPRUNE_IMAGE, else moeprune:VERSION"),
     ] = "",
+    workspace: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="of a volume that the tasks of the run share, such as 200Gi, so that each checkpoint is brought from "
+            "where it lies once; default: none (docs/cluster.md)",
+        ),
+    ] = "",
+    workspace_class: Annotated[str, typer.Option(metavar="NAME", help="storage class of that volume")] = "",
+    workspace_access: Annotated[
+        str, typer.Option(metavar="MODE", help="of that volume; ReadWriteOnce where a run has but one node")
+    ] = "ReadWriteMany",
     host: Annotated[
         str,
         typer.Option(
@@ -99,7 +111,9 @@ def submit(
     from moeprune.pipelines.submission.server import Address, Server
     from moeprune.pipelines.submission.submitting import check_namespace, start, upload
 
-    compiled = _package(pipeline, package, image)
+    if not workspace and workspace_class:
+        raise InputError("--workspace-class is of a volume whose size --workspace says")
+    compiled = _package(pipeline, package, image, (workspace, workspace_class, workspace_access))
     values = parameter_file.read(parameters) if parameters else {}
     values |= parameter_file.parse(settings or [], compiled.parameters)
     values = compiled.checked(values)
@@ -147,13 +161,16 @@ def _say(kind: str, text: str) -> None:
     console.print(f"{kind:<12}{text}", highlight=False, markup=False)
 
 
-def _package(pipeline: str, file: Path | None, image: str) -> Any:
+def _package(pipeline: str, file: Path | None, image: str, volume: tuple[str, str, str]) -> Any:
     from moeprune.pipelines.compile import PIPELINES, compiled
     from moeprune.pipelines.submission.package import Package
+    from moeprune.pipelines.workspace import Workspace
 
     if file is not None:
-        if image:
-            raise InputError("a compiled pipeline has its image already: leave --image out, or --package")
+        if image or volume[0]:
+            raise InputError(
+                "a compiled pipeline has its image and its workspace already: leave those out, or --package"
+            )
         try:
             return Package.parse(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
@@ -162,7 +179,8 @@ def _package(pipeline: str, file: Path | None, image: str) -> Any:
             raise InputError(f"{file}: {error}") from error
     if pipeline not in PIPELINES:
         raise InputError(f"there is no pipeline {pipeline}; there are {', '.join(PIPELINES)}")
-    return Package.parse(compiled(pipeline, image) if image else compiled(pipeline))
+    chosen = {"image": image} if image else {}
+    return Package.parse(compiled(pipeline, workspace=Workspace(*volume) if volume[0] else None, **chosen))
 
 
 def _check(pipeline: str, arguments: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def calibrate(
     limit = parse_bytes(memory_limit) if memory_limit else None
     machine.quieten()
     params = {
-        "model": model,
+        "model": places.origin(model),
         "data": data,
         "block_tokens": block_tokens,
         "max_blocks": max_blocks,

@@ -98,7 +98,7 @@ def distill(
     chosen = parse_parts_of_a_layer(train) if train else None
     limit = parse_bytes(memory_limit) if memory_limit else None
     params = {
-        "teacher": teacher,
+        "teacher": places.origin(teacher),
         "data": data,
         "block_tokens": block_tokens,
         "max_blocks": max_blocks,

@@ -69,7 +69,7 @@ def distill_end_to_end(
         raise InputError("`processes` is for one machine; those elsewhere say themselves how many they are")
     params = {
         "how": "end-to-end",
-        "teacher": teacher,
+        "teacher": places.origin(teacher),
         "data": data,
         "block_tokens": block_tokens,
         "max_blocks": max_blocks,

@@ -145,10 +145,10 @@ def _measure_all(
 
 
 def _candidate(model: Named, checkpoint: Checkpoint, measured: Measured) -> Candidate:
-    plan = _plan_of(checkpoint)
+    plan = plan_in(checkpoint.directory)
     return Candidate(
         name=model.name,
-        address=model.address,
+        address=places.origin(model.address),
         method=plan.method if plan else None,
         experts_per_layer=checkpoint.experts_per_layer,
         parameters=checkpoint.files.parameters,
@@ -159,19 +159,24 @@ def _candidate(model: Named, checkpoint: Checkpoint, measured: Measured) -> Cand
     )
 
 
-def _plan_of(checkpoint: Checkpoint) -> Plan | None:
-    path = checkpoint.directory / "pruning_plan.json"
+def plan_in(directory: str | Path) -> Plan | None:
+    """The Plan that a checkpoint was pruned by, if it was.
+
+    Raises:
+        InputError: it is no Plan that this version reads.
+    """
+    path = Path(directory) / "pruning_plan.json"
     return Plan.load(path) if path.is_file() else None
 
 
 def _keep(checkpoints: dict[str, Checkpoint]) -> dict[str, list[int]] | None:
     """What the first pruned model kept: the figure of use marks it."""
-    plans = (_plan_of(checkpoint) for checkpoint in checkpoints.values())
+    plans = (plan_in(checkpoint.directory) for checkpoint in checkpoints.values())
     return next((plan.keep for plan in plans if plan), None)
 
 
 def _about(report: Report, checkpoints: dict[str, Checkpoint]) -> dict[str, str]:
-    plan = next((plan for plan in map(_plan_of, checkpoints.values()) if plan), None)
+    plan = next((plan for it in checkpoints.values() if (plan := plan_in(it.directory))), None)
     if not plan:
         return {}
     return {

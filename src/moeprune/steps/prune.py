@@ -101,7 +101,7 @@ def apply(
     trust_remote_code: bool = False,
 ) -> Applied:
     """Carry out a Plan on a model and put the pruned checkpoint at `out`. See `checkpoint.surgery.cut`."""
-    with tracking.step("apply", {"model": model}) as run, _streamed(model, trust_remote_code) as source:
+    with tracking.step("apply", {"model": places.origin(model)}) as run, _streamed(model, trust_remote_code) as source:
         return _apply(run, source, plan, stats, out, shard_bytes)
 
 
@@ -138,7 +138,7 @@ def prune(
         baselines_out: a directory with a Plan and a checkpoint per baseline, named by its method; made for none, too.
     """
     budget = Budget.of(ratio, parameters_ratio, size)
-    params = {"model": model} | _params(method, budget, options) | {"baselines": ", ".join(baselines)}
+    params = {"model": places.origin(model)} | _params(method, budget, options) | {"baselines": ", ".join(baselines)}
     for baseline in baselines:
         find(baseline)
     with (

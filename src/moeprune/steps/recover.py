@@ -43,7 +43,7 @@ def recover(
         InputError: the plan was not made for the model, the pruned one is not what it makes of it, or it asks for no
             recovery.
     """
-    params = {"model": model, "data": data, "block_tokens": block_tokens, "max_blocks": max_blocks}
+    params = {"model": places.origin(model), "data": data, "block_tokens": block_tokens, "max_blocks": max_blocks}
     with (
         tracking.step("recover", params | machine.describe()) as run,
         places.output(out) as path,

@@ -1,0 +1,3 @@
+from .component import bring
+
+__all__ = ["bring"]
