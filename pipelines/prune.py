@@ -102,8 +102,8 @@ def prune(
             commas, are mixed, in equal shares or by weights (code.jsonl*3,prose.txt); %2C, %2A and %25 stand for a
             comma, star and percent sign in a name.
         evaluation_data: Held-out texts to measure on, as a JSON list of such addresses, that of the domain first.
-        method: How to choose what stays: fuse, c-prune, reap, naee, mone, hc-smoe, contribution, frequency or random
-            (experts), moe-pruner, wanda or magnitude (weights), cd-moe (layers).
+        method: How to choose what stays: fuse, fuse-by-need, c-prune, reap, naee, mone, hc-smoe, contribution,
+            frequency or random (experts), moe-pruner, wanda or magnitude (weights), cd-moe (layers).
         ratio: Fraction of the routed experts to remove, at least 0 and below 1. The next two, where given, take its
             place.
         parameters_ratio: Fraction of all parameters to remove, at least; 0 where it is not wanted.
@@ -126,8 +126,10 @@ def prune(
         cluster_algorithm: How to cluster experts: ward, average or k-means.
         clusters_per_layer: How many clusters of experts: a number, published (12 for every 64 experts), or auto (for
             each layer what suits it best, by the silhouette).
-        trial_blocks: Blocks to try decisions on at most, where the method does that (cd-moe).
-        recovery_blocks: Blocks to fit what stays on at most, by least squares, where the method asks for that (fuse).
+        trial_blocks: Blocks to try decisions on at most, where the method does that (cd-moe,
+            fuse-by-need).
+        recovery_blocks: Blocks to fit what stays on at most, by least squares, where the method asks for that (fuse,
+            fuse-by-need).
         distillation_blocks: Blocks to distill on at most; an eighth of them is held out.
         distillation_objective: What the pruned model is asked for, such as block=1 (what each MoE block puts out) or
             experts=1,block=0.5 (each expert's output, too).

@@ -110,8 +110,10 @@ def sweep(
         cluster_algorithm: How to cluster experts: ward, average or k-means.
         clusters_per_layer: How many clusters of experts: a number, published (12 for every 64 experts), or auto (for
             each layer what suits it best, by the silhouette).
-        trial_blocks: Blocks to try decisions on at most, where the method does that (cd-moe).
-        recovery_blocks: Blocks to fit what stays on at most, by least squares, where the method asks for that (fuse).
+        trial_blocks: Blocks to try decisions on at most, where the method does that (cd-moe,
+            fuse-by-need).
+        recovery_blocks: Blocks to fit what stays on at most, by least squares, where the method asks for that (fuse,
+            fuse-by-need).
         distillation_blocks: Blocks to distill on at most; an eighth of them is held out.
         distillation_objective: What the pruned models are asked for, such as block=1 (what each MoE block puts out) or
             experts=1,block=0.5 (each expert's output, too).

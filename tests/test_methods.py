@@ -22,7 +22,7 @@ from moeprune.plan import Plan
 from moeprune.router_groups import RouterGroups
 from moeprune.statistics import Stats
 
-OF_EXPERTS = [name for name, method in METHODS.items() if method.removes == "experts"]
+OF_EXPERTS = [name for name, method in METHODS.items() if method.removes == "experts" and not method.tries]
 PER_LAYER = ["contribution", "frequency", "hc-smoe", "naee", "random", "reap"]
 REPRESENTATIVES = ["most-used", "nearest"]
 

@@ -57,7 +57,9 @@ def estimate(
     calibration_memory_limit: Annotated[
         str, typer.Option(metavar="SIZE", help="calibrate below SIZE, for example 16GiB, a layer at a time")
     ] = "",
-    trial_blocks: Annotated[int, typer.Option(help="blocks to try decisions on (cd-moe)")] = Work.trial_blocks,
+    trial_blocks: Annotated[
+        int, typer.Option(help="blocks to try decisions on (cd-moe, fuse-by-need)")
+    ] = Work.trial_blocks,
     recovery_blocks: Annotated[
         int, typer.Option(help="blocks to fit what stays on, where the method asks for that (fuse)")
     ] = Work.recovery_blocks,

@@ -92,7 +92,9 @@ def run(
     calibration_memory_limit: Annotated[
         str, typer.Option(metavar="SIZE", help="calibrate below SIZE, for example 2GiB, a layer at a time")
     ] = "",
-    trial_blocks: Annotated[int, typer.Option(min=1, help="blocks to try decisions on at most (cd-moe)")] = 8,
+    trial_blocks: Annotated[
+        int, typer.Option(min=1, help="blocks to try decisions on at most (cd-moe, fuse-by-need)")
+    ] = 8,
     recovery_blocks: Annotated[
         int, typer.Option(min=1, help="blocks to fit what stays on at most, where the method asks for that (fuse)")
     ] = 128,

@@ -17,6 +17,7 @@ from moeprune.methods import (
     contribution,
     frequency,
     fuse,
+    fuse_by_need,
     hc_smoe,
     magnitude,
     moe_pruner,
@@ -34,7 +35,7 @@ from moeprune.statistics import Stats
 from moeprune.statistics.collectors import OUTSIDE
 from moeprune.validation import complaint
 
-_OF_EXPERTS = (fuse, c_prune, reap, contribution, naee, hc_smoe, mone, frequency, random)
+_OF_EXPERTS = (fuse, fuse_by_need, c_prune, reap, contribution, naee, hc_smoe, mone, frequency, random)
 _OF_WEIGHTS = (moe_pruner, wanda, magnitude)
 _OF_LAYERS = (cd_moe,)
 METHODS = Registry(module.METHOD for module in (*_OF_EXPERTS, *_OF_WEIGHTS, *_OF_LAYERS))

@@ -10,6 +10,7 @@ Axes: E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -25,7 +26,11 @@ class FuseOptions(Options):
 
 
 def decide(evidence: Evidence, ratio: float, options: FuseOptions) -> Decision:
-    layers = {name: _fused(layer, ratio) for name, layer in evidence.stats.layers.items()}
+    layers = evidence.stats.layers
+    return decided({name: fused(layer, kept_of(layer, ratio)) for name, layer in layers.items()}, options)
+
+
+def decided(layers: dict[str, LayerPlan], options: FuseOptions) -> Decision:
     return Decision(
         layers,
         score="what is lost, in squares of output, where its nearest among those that stay answers for it",
@@ -37,16 +42,25 @@ def foresee(layers: Mapping[str, LayerStats], ratio: float, options: FuseOptions
     return Decision(keep_any(layers, ratio), recovery=Recovery() if options.recover else None)
 
 
-def _fused(layer: LayerStats, ratio: float) -> LayerPlan:
+def kept_of(layer: LayerStats, ratio: float) -> int:
+    """How many experts of a layer stay where each layer loses a ratio."""
+    return layer.experts - count_of(ratio, layer.experts, layer.groups)
+
+
+def groups_of(layer: LayerStats) -> tuple[np.ndarray[Any, Any], list[slice]]:
+    """What is lost where one expert answers for another, `[E, E]`, nothing on the diagonal, and the router's groups of
+    them, of each of which the same number stays."""
     loss_EE = layer.sum("stand_in").numpy().copy()
-    alone_E = loss_EE.diagonal().copy()
     np.fill_diagonal(loss_EE, 0.0)
     size = layer.experts // layer.groups.count
-    stay: list[int] = []
-    for first in range(0, layer.experts, size):  # of each of the router's groups the same number
-        group = slice(first, first + size)
-        count = size - count_of(ratio, layer.experts, layer.groups) // layer.groups.count
-        stay += [first + place for place in choose(loss_EE[group, group], count)]
+    return loss_EE, [slice(first, first + size) for first in range(0, layer.experts, size)]
+
+
+def fused(layer: LayerStats, count: int) -> LayerPlan:
+    """A layer of so many experts, a multiple of the number of the router's groups."""
+    loss_EE, groups = groups_of(layer)
+    alone_E = layer.sum("stand_in").numpy().diagonal()
+    stay = [group.start + place for group in groups for place in choose(loss_EE[group, group], count // len(groups))]
     answers_E = nearest(loss_EE, stay)
     stands_for: dict[int, list[int]] = {}
     for expert in range(layer.experts):

@@ -5,6 +5,8 @@ Axes: N points, all of which may be medoids.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,27 @@ def choose(loss_NN: np.ndarray[Any, Any], count: int) -> list[int]:
         loss_NN: `loss[i, j]`, what is lost where j stands for i; need not be symmetric. Nothing on the diagonal.
         count: how many, at least one.
     """
-    stay = list(range(len(loss_NN)))
-    while len(stay) > count:
-        stay.remove(min(stay, key=lambda gone: _total(loss_NN, [one for one in stay if one != gone])))
+    stay = next(islice(_removed_one_by_one(loss_NN), len(loss_NN) - count, None))
     while better := _best_exchange(loss_NN, stay):
         stay = better
     return sorted(stay)
+
+
+def lost_by_count(loss_NN: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """What is lost with so many medoids, `[N + 1]`, by removal alone; infinite without any.
+
+    It never rises with their number, and takes no longer than one choice.
+    """
+    lost = [_total(loss_NN, stay) for stay in _removed_one_by_one(loss_NN)]
+    return np.array([np.inf, *reversed(lost)])
+
+
+def _removed_one_by_one(loss_NN: np.ndarray[Any, Any]) -> Iterator[list[int]]:
+    """All points, then always one fewer: without that which is missed least."""
+    stay = list(range(len(loss_NN)))
+    while stay:
+        yield list(stay)
+        stay.remove(min(stay, key=lambda gone: _total(loss_NN, [one for one in stay if one != gone])))
 
 
 def nearest(loss_NN: np.ndarray[Any, Any], medoids: list[int]) -> np.ndarray[Any, Any]:
@@ -33,6 +50,8 @@ def nearest(loss_NN: np.ndarray[Any, Any], medoids: list[int]) -> np.ndarray[Any
 
 
 def _total(loss_NN: np.ndarray[Any, Any], medoids: list[int]) -> float:
+    if not medoids:
+        return np.inf
     return float(loss_NN[:, medoids].min(1).sum())
 
 
