@@ -31,6 +31,7 @@ def candidate(name: str, size: int, loss: float) -> Candidate:
     return Candidate(
         name=name,
         address=name,
+        weights=name,
         experts_per_layer=experts,
         parameters=size,
         bytes_on_disk=size,

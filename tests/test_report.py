@@ -31,6 +31,7 @@ def candidate(name: str, counts: list[int], losses: tuple[float, float, float], 
     known: dict[str, object] = {
         "name": name,
         "address": f"s3://bucket/{name}",
+        "weights": name,
         "method": None if name == "original" else "c-prune",
         "experts_per_layer": {f"model.layers.{layer}.mlp.experts": count for layer, count in enumerate(counts)},
         "parameters": 100_000 * sum(counts),
@@ -135,8 +136,8 @@ def test_a_ruined_model_survives_the_round_trip(tmp_path: Path) -> None:
         ("not json {", "it is not JSON"),
         ("[1, 2]", "no field moeprune_report"),
         ('{"domain": "code"}', "no field moeprune_report"),
-        ('{"moeprune_report": 2}', "of version 2, and this moeprune reads version 1"),
-        ('{"moeprune_report": 1}', "damaged at domain"),
+        ('{"moeprune_report": 1}', "of version 1, and this moeprune reads version 2"),
+        ('{"moeprune_report": 2}', "damaged at domain"),
     ],
 )
 def test_what_is_not_a_report_is_refused_with_a_sentence(tmp_path: Path, content: str | None, says: str) -> None:

@@ -23,6 +23,7 @@ from mlflow.entities import Run
 from mlflow.utils.rest_utils import MlflowHostCreds
 
 from moeprune import tracking
+from moeprune.checkpoint.identity import close_fingerprint
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.errors import InputError, ServiceError
 from moeprune.evaluation.report import Candidate, DataSet, Quality, Report
@@ -332,12 +333,13 @@ class TestServersThatDoNotServe:
 # Promotion
 
 
-def report(loss: float) -> Report:
+def report(loss: float, weights: str = "") -> Report:
     def candidate(name: str, loss_nats: float) -> Candidate:
         quality = Quality(loss_nats=loss_nats, perplexity=math.exp(loss_nats), accuracy=0.5, tokens=10)
         return Candidate(
             name=name,
             address=name,
+            weights=weights,
             experts_per_layer={"layer": 4},
             parameters=10,
             bytes_on_disk=10,
@@ -384,7 +386,7 @@ class TestPromotion:
     @pytest.fixture
     def promote(self, client: MlflowClient, qwen: Path, tmp_path: Path, name: str) -> Callable[..., Any]:
         def run(loss: float, **options: Any) -> Any:
-            report(loss).save(tmp_path / "report.json")
+            report(loss, close_fingerprint(Checkpoint(qwen).files)).save(tmp_path / "report.json")
             return step.promote(str(tmp_path / "report.json"), str(qwen), name, max_loss_increase_nats=0.25, **options)
 
         return run
@@ -436,7 +438,15 @@ class TestPromotion:
         assert str(client.get_model_version_by_alias(name, "champion").version) == "1"
         assert len(client.search_model_versions(f"name = '{name}'")) == 1
 
+    def test_another_than_was_measured_is_not_registered(
+        self, client: MlflowClient, checkpoint_of: Callable[[str], Path], qwen: Path, tmp_path: Path, name: str
+    ) -> None:
+        report(1.1, close_fingerprint(Checkpoint(qwen).files)).save(tmp_path / "report.json")
+        with pytest.raises(InputError, match="is not what was measured as 'pruned'"):
+            step.promote(str(tmp_path / "report.json"), str(checkpoint_of("mixtral")), name)
+        assert not client.search_registered_models(f"name = '{name}'")
+
     def test_a_name_that_the_registry_refuses(self, connected: Services, qwen: Path, tmp_path: Path) -> None:
-        report(1.1).save(tmp_path / "report.json")
+        report(1.1, close_fingerprint(Checkpoint(qwen).files)).save(tmp_path / "report.json")
         with pytest.raises(ServiceError, match="refuses"):
             step.promote(str(tmp_path / "report.json"), str(qwen), "a/b:c")

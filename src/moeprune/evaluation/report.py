@@ -17,7 +17,7 @@ from moeprune.atomic import write_beside
 from moeprune.errors import InputError
 from moeprune.validation import complaint
 
-VERSION = 1
+VERSION = 2
 
 
 class _Record(BaseModel):
@@ -39,6 +39,7 @@ class Candidate(_Record):
 
     name: str = Field(min_length=1, description="original, pruned, distilled, or the name of a baseline")
     address: str = Field(description="where the checkpoint is: local path, s3:// or hub id")
+    weights: str = Field(description="which they are: see `checkpoint.identity.close_fingerprint`")
     method: str | None = Field(default=None, description="how its experts were chosen; null for the original")
     experts_per_layer: dict[str, int] = Field(description="experts module path -> experts it has")
     parameters: int = Field(gt=0)
@@ -78,7 +79,7 @@ class DataSet(_Record):
 class Report(_Record):
     """What was measured. The first candidate is the original; ratios and increases are against it."""
 
-    moeprune_report: Literal[1] = 1
+    moeprune_report: Literal[2] = 2
     domain: str = Field(description="the domain that was pruned for, one of those measured")
     data: list[DataSet]
     candidates: list[Candidate] = Field(min_length=1)

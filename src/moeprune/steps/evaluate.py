@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moeprune import places, tracking
 from moeprune.atomic import refuse_directory
+from moeprune.checkpoint.identity import close_fingerprint
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.clusters import Clusters
 from moeprune.errors import InputError
@@ -149,6 +150,7 @@ def _candidate(model: Named, checkpoint: Checkpoint, measured: Measured) -> Cand
     return Candidate(
         name=model.name,
         address=places.origin(model.address),
+        weights=close_fingerprint(checkpoint.files),
         method=plan.method if plan else None,
         experts_per_layer=checkpoint.experts_per_layer,
         parameters=checkpoint.files.parameters,

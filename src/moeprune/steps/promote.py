@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from moeprune import places, tracking
+from moeprune.checkpoint.files import CheckpointFiles
+from moeprune.checkpoint.identity import close_fingerprint
 from moeprune.errors import InputError
 from moeprune.evaluation.report import Report
 from moeprune.promotion import ALIAS, Verdict, judge, register
@@ -29,16 +31,23 @@ def promote(
         alias: moved to the new version.
 
     Raises:
-        InputError: no MLflow is configured, or the Report does not hold the candidate.
+        InputError: no MLflow is configured, the Report does not hold the candidate, or the checkpoint is not what was
+            measured by that name.
     """
     if not tracking.is_configured():
         raise InputError("promote needs a model registry: set MLFLOW_TRACKING_URI")
     params = {"registered_model": name, "max_loss_increase_nats": max_loss_increase_nats, "alias": alias}
     with tracking.step("promote", params) as run, places.local_file(report) as report_path:
         measured = Report.load(report_path)
-        verdict = judge(measured, candidate or measured.headline.name, max_loss_increase_nats)
+        candidate = candidate or measured.headline.name
+        verdict = judge(measured, candidate, max_loss_increase_nats)
         if verdict.passed:
             with places.local_model(model) as directory:
+                if close_fingerprint(CheckpointFiles(directory)) != measured.candidate(candidate).weights:
+                    raise InputError(
+                        f"{model} is not what was measured as {candidate!r}: its weights are others; give the "
+                        "checkpoint that was evaluated, or evaluate this one"
+                    )
                 verdict = register(run, verdict, directory, name, alias)
         run.metrics({"loss_increase_nats": verdict.loss_increase_nats, "gate_passed": float(verdict.passed)})
         run.tags({"gate": verdict.sentence})
