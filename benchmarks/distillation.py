@@ -2,13 +2,14 @@
 
     python benchmarks/distillation.py [--model M --domain NAME=TRAIN,HELD ...] [--method METHOD[:OPTION=VALUE,...] ...]
         [--ratio 0.5] [--calibration-blocks 64] [--blocks 128] [--held-blocks 16] [--end-to-end METHOD]
-        [--set NAME=VALUE ...] [--state DIR]
+        [--set NAME=VALUE ...] [--then NAME=VALUE ...] [--state DIR]
 
 Each step is the command that a user runs, in a process of its own: calibrate, plan make, apply, recover where the plan
 asks for it, distill. Won back is the share of the increase of the held-out loss, mean over the domains, that
-distillation takes away. With --end-to-end, that method's plan is also distilled end to end, on the same text and with
-the same parts learning, for one epoch each, which is what the rates are compared by. What is made stays below --state:
-the same command goes on where it was stopped.
+distillation takes away. With --then, what came of it is distilled further, end to end, with these options. With
+--end-to-end, that method's plan is also distilled end to end, on the same text, as often, and with the same parts
+learning, which is what the rates are compared by. What is made stays below --state: the same command goes on where it
+was stopped.
 """
 
 from __future__ import annotations
@@ -136,19 +137,22 @@ class Bench:
         return ran
 
 
-def compare(bench: Bench, row: Row, settings: list[str]) -> dict[str, Any]:
+def compare(bench: Bench, row: Row, settings: list[str], then: list[str]) -> list[dict[str, Any]]:
+    """The method's plan distilled layer by layer, and, where there is more to do, that end to end."""
     student, plan = bench.pruned(row)
     before = bench.judged(student)
     out, ran = bench.distilled(row, student, plan, "layer-local", *settings)
-    after = bench.judged(out)
+    rows = [_compared(row.label, before, bench.judged(out), ran)]
+    if then:
+        further, ran_further = bench.distilled(row, out, plan, "end-to-end", *then)
+        rows.append(_compared(f"{row.label}, then end to end", before, bench.judged(further), ran_further))
+    return rows
+
+
+def _compared(label: str, before: Judged, after: Judged, ran: Ran) -> dict[str, Any]:
     # Not of the clock: what else the machine does is none of the method's.
-    return {
-        "method": row.label,
-        "before": asdict(before),
-        "after": asdict(after),
-        "cpu_seconds": ran.cpu_seconds,
-        "peak_bytes": ran.peak_bytes,
-    }
+    took = {"cpu_seconds": ran.cpu_seconds, "peak_bytes": ran.peak_bytes}
+    return {"method": label, "before": asdict(before), "after": asdict(after)} | took
 
 
 def _took(ran: Ran) -> dict[str, float]:
@@ -187,6 +191,11 @@ def rates(bench: Bench, row: Row) -> tuple[str, dict[str, Any]]:
     return told, {"layer_local": _took(ours), "end_to_end": _took(theirs)}
 
 
+def _options(given: list[str]) -> list[str]:
+    """NAME=VALUE as a command takes it."""
+    return [part for one in given for part in (f"--{one.partition('=')[0]}", one.partition("=")[2])]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=places.REFERENCE_MODEL)
@@ -199,6 +208,9 @@ def main() -> None:
     parser.add_argument("--block-tokens", type=int, default=256)
     parser.add_argument("--end-to-end", metavar="METHOD", help="compare the two ways by the plan of this method")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="options of distill")
+    parser.add_argument(
+        "--then", action="append", default=[], metavar="NAME=VALUE", help="and then end to end with these"
+    )
     parser.add_argument("--state", type=Path, default=Path(".moeprune/distillation"))
     parser.add_argument("--name", default="", help="of the results; by default the model's")
     options = parser.parse_args()
@@ -206,15 +218,15 @@ def main() -> None:
     domains = [Domain.parse(text) for text in options.domain] or BUILTIN
     bench = Bench(options, domains)
     original = bench.original()
-    settings = [part for one in options.set for part in (f"--{one.partition('=')[0]}", one.partition("=")[2])]
-    raws = [compare(bench, Row.parse(method), settings) for method in options.method or _METHODS]
+    settings, then = _options(options.set), _options(options.then)
+    raws = [raw for method in options.method or _METHODS for raw in compare(bench, Row.parse(method), settings, then)]
     notes = (
         f"{options.ratio:.0%} removed; calibrated on {options.calibration_blocks} blocks of {options.block_tokens} "
         f"tokens, distilled on {options.blocks} ({bench.tokens:,} tokens trained on, the rest held out), judged on "
         f"{options.held_blocks} blocks of each domain. The original's loss is {original.loss:.3f}; the columns say how "
         "far above it the loss is, mean over the domains, nats per token. It predicts "
         f"{original.accuracy:.1%} of the next tokens right; accuracy is given as a share of that. CPU seconds "
-        "and memory are of the whole command."
+        "and memory are of the whole command, each row's own."
     )
     raw: dict[str, Any] = {"original": asdict(original), "methods": raws}
     if options.end_to_end:
