@@ -111,7 +111,8 @@ class Bench:
 
     def distilled(self, row: Row, student: Path, plan: Path, how: str, *more: str) -> tuple[Path, Ran]:
         options = self._options
-        out = self._of(row, "-".join([how, str(options.blocks), *(part.strip("-") for part in more)]))
+        parts = [how, "of", student.name, str(options.blocks), *(part.strip("-") for part in more)]
+        out = self._of(row, "-".join(parts))
         text = ("--data", self._train, "--block-tokens", options.block_tokens, "--max-blocks", options.blocks)
         given = ("--teacher", options.model, "--student", student, "--plan", plan, "--how", how, *text, *more)
         return out, self._once(out, "distill", *given)

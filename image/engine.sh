@@ -12,7 +12,8 @@ leave() {
     kill "$engine" 2>/dev/null || true
     wait "$engine" || true
     # It leaves the network of the machine mounted, and what is mounted cannot be removed.
-    awk -v below="$(realpath "$directory")/" 'index($5, below) == 1 {print $5}' /proc/self/mountinfo | xargs -r umount --
+    awk -v below="$(realpath "$directory")/" 'index($5, below) == 1 {print $5}' /proc/self/mountinfo | tac \
+        | xargs -r umount -- || true
 }
 trap leave EXIT
 for _ in $(seq 60); do

@@ -12,20 +12,14 @@ from typing import Any
 
 from kfp import dsl
 
-from .workspace import Workspace, sharing
 
+def built_once(name: str) -> Callable[[Callable[..., Any]], Callable[[], Any]]:
+    """As `dsl.pipeline`, but what it makes of a function gives the pipeline when it is called, each time the same."""
 
-def built_once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """As `dsl.pipeline`, but what it makes of a function gives the pipeline when it is called, each time the same: that
-    without a workspace, or that with the one which it is given.
-    """
-
-    def decorate(wiring: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(wiring: Callable[..., Any]) -> Callable[[], Any]:
         @cache
-        def build(workspace: Workspace | None = None) -> Any:
-            config = dsl.PipelineConfig(workspace.config()) if workspace else None
-            with sharing(workspace):
-                return dsl.pipeline(wiring, name=name, pipeline_config=config)
+        def build() -> Any:
+            return dsl.pipeline(wiring, name=name)
 
         return build
 

@@ -44,7 +44,7 @@ def compiled(pipeline: str, image: str = IMAGE, workspace: Workspace | None = No
         warnings.simplefilter("ignore")
         file = Path(scratch) / "pipeline.yaml"
         steps, display_name = PIPELINES[pipeline]
-        whole = closed(steps(workspace), f"moeprune-{pipeline}", display_name, workspace)
+        whole = closed(steps(), f"moeprune-{pipeline}", display_name, workspace)
         compiler.Compiler().compile(whole, str(file))
         # A component has its image from when it was imported; in a compiled pipeline it stands by itself on a line.
         return file.read_text(encoding="utf-8").replace(f" image: {IMAGE}\n", f" image: {image}\n")
@@ -55,16 +55,16 @@ def main() -> None:
     parser.add_argument(
         "out", type=Path, help="directory to write the YAML files to; MOEPRUNE_IMAGE names another image to run in"
     )
-    parser.add_argument("--workspace", metavar="SIZE", help="of a volume that the tasks of a run share, such as 200Gi")
+    parser.add_argument(
+        "--workspace", default="", metavar="SIZE", help="of a volume that the tasks of a run share, such as 200Gi"
+    )
     parser.add_argument("--workspace-class", default="", metavar="NAME", help="its storage class")
-    parser.add_argument("--workspace-access", default=ACCESS_MODES[0], metavar="MODE", help=" or ".join(ACCESS_MODES))
+    parser.add_argument("--workspace-access", default="", metavar="MODE", help=" or ".join(ACCESS_MODES))
     options = parser.parse_args()
-    workspace = None
-    if options.workspace:
-        try:
-            workspace = Workspace(options.workspace, options.workspace_class, options.workspace_access)
-        except InputError as error:
-            parser.error(str(error))
+    try:
+        workspace = Workspace.of(options.workspace, options.workspace_class, options.workspace_access)
+    except InputError as error:
+        parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
     for name in PIPELINES:
         file: Path = options.out / f"{name}.yaml"

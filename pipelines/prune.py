@@ -17,7 +17,7 @@ from moeprune.components.promote import promote
 from moeprune.components.spread import spread
 from moeprune.methods import BASELINES, DEFAULT
 
-from . import placement, workspace
+from . import placement
 from .building import built_once
 from .on_a_cluster import VOLUME_PATH, use_nodes, use_services
 
@@ -33,6 +33,18 @@ class Outputs(NamedTuple):
     model: dsl.Model
     promoted: bool
     verdict: str
+
+
+@dsl.pipeline(name="model-at")
+def model_at(address: str) -> dsl.Model:
+    """Make an artifact of an address again.
+
+    A pipeline of its own: a cluster looks for an importer's address among the inputs of the graph that it is in, and
+    nowhere else.
+    """
+    imported = dsl.importer(artifact_uri=address, artifact_class=dsl.Model, reimport=True)
+    imported.set_caching_options(enable_caching=False)
+    return imported.output
 
 
 @built_once("prune")
@@ -224,14 +236,13 @@ def prune(
         recovery_blocks=recovery_blocks,
         **texts,
     )
-    student = workspace.checkpoint(pruned, "pruned")
     with dsl.If(distillation_nodes == 0, name="distillation in tasks"):
         # One shard is merged, too, so that what comes of this is one thing.
         numbered = spread(shards=distillation_shards)
         with dsl.ParallelFor(numbered.output, name="distillation shards") as part:
             learnt = distill(
                 teacher=model,
-                student=student,
+                student=pruned.outputs["pruned"],
                 plan=pruned.outputs["plan"],
                 data=data,
                 objective=distillation_objective,
@@ -246,13 +257,13 @@ def prune(
             )
         in_tasks = merge_distilled(
             parts=dsl.Collected(learnt.outputs["distilled"]),
-            student=student,
+            student=pruned.outputs["pruned"],
             trust_remote_code=trust_remote_code,
         )
     with dsl.Else(name="distillation on nodes"):
         on_nodes = distill_on_nodes(
             teacher=model,
-            student=student,
+            student=pruned.outputs["pruned"],
             plan=pruned.outputs["plan"],
             data=data,
             nodes=distillation_nodes,
@@ -267,15 +278,10 @@ def prune(
         )
     # Which of two artifacts was made, neither kfp.local nor every release of Kubeflow Pipelines can tell; which of two
     # addresses, all can.
-    recovered = dsl.importer(
-        artifact_uri=dsl.OneOf(in_tasks.outputs["Output"], on_nodes.outputs["Output"]),
-        artifact_class=dsl.Model,
-        reimport=True,
-        download_to_workspace=workspace.is_shared(),
-    )
+    recovered = model_at(address=dsl.OneOf(in_tasks.outputs["Output"], on_nodes.outputs["Output"]))
     measured = evaluate(
         original=model,
-        pruned=student,
+        pruned=pruned.outputs["pruned"],
         distilled=recovered.output,
         baseline_models=pruned.outputs["baseline_models"],
         clusters=clusters,

@@ -16,7 +16,7 @@ from moeprune.components.prepare import prepare
 from moeprune.distillation.layer_local.settings import Settings
 from moeprune.methods import BASELINES, DEFAULT
 
-from . import placement, workspace
+from . import placement
 from .building import built_once
 from .on_a_cluster import use_services
 from .prune import EVALUATION_DATA, NO_OPTIONS, NO_TOLERATIONS
@@ -190,10 +190,9 @@ def sweep(
             recovery_blocks=recovery_blocks,
             **texts,
         )
-        student = workspace.checkpoint(pruned, "pruned")
         learnt = distill(
             teacher=model,
-            student=student,
+            student=pruned.outputs["pruned"],
             plan=pruned.outputs["plan"],
             data=data,
             objective=distillation_objective,
@@ -206,7 +205,7 @@ def sweep(
         )
         measured = evaluate(
             original=model,
-            pruned=student,
+            pruned=pruned.outputs["pruned"],
             distilled=learnt.outputs["distilled"],
             baseline_models=pruned.outputs["baseline_models"],
             clusters=clustered.outputs["clusters"],

@@ -1,4 +1,4 @@
-"""A volume that all tasks of a run share: a checkpoint is brought from where it lies once, and not by every task.
+"""A volume that all tasks of a run share: the original is brought from where it lies once, and not by every task.
 
 Kubeflow makes the volume when a run begins and removes it with the run. Its size, and how many nodes may write to it,
 are fixed when the pipeline is compiled; so that is when it is chosen. Without one, each task is given what it reads.
@@ -6,11 +6,8 @@ are fixed when the pipeline is compiled; so that is when it is chosen. Without o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from kfp import dsl
 
@@ -28,7 +25,7 @@ class Workspace:
     """What is asked of the volume.
 
     Attributes:
-        size: such as 200Gi; it holds the original, the pruned model and the distilled one.
+        size: such as 200Gi; it holds the original.
         storage_class: of the cluster; empty for its default.
         access_mode: one of ACCESS_MODES. With ReadWriteOnce all pods of a run have to be on one node.
 
@@ -45,8 +42,17 @@ class Workspace:
             raise InputError(f"a workspace's access mode is {' or '.join(ACCESS_MODES)}, not {self.access_mode!r}")
         try:
             self.config()
+            if not float(self.size.rstrip("KMGTPEi")):
+                raise ValueError("nothing fits")
         except ValueError as error:
             raise InputError(f"a workspace is of a size such as 200Gi, not {self.size!r}") from error
+
+    @classmethod
+    def of(cls, size: str, storage_class: str, access_mode: str) -> Self | None:
+        """As a user gives it; None where nothing is asked for. Raises InputError, too, where only the size lacks."""
+        if not size and (storage_class or access_mode):
+            raise InputError("a workspace has a size, too: `--workspace 200Gi`")
+        return cls(size, storage_class, access_mode or ACCESS_MODES[0]) if size else None
 
     def config(self) -> dsl.WorkspaceConfig:
         """As Kubeflow is told of it."""
@@ -54,24 +60,6 @@ class Workspace:
         if self.storage_class:
             patch["storageClassName"] = self.storage_class
         return dsl.WorkspaceConfig(self.size, dsl.KubernetesWorkspaceConfig(patch))
-
-
-_chosen: ContextVar[Workspace | None] = ContextVar("workspace", default=None)
-
-
-@contextmanager
-def sharing(workspace: Workspace | None) -> Iterator[None]:
-    """Pipelines that are built in the block have this workspace, or none."""
-    before = _chosen.set(workspace)
-    try:
-        yield
-    finally:
-        _chosen.reset(before)
-
-
-def is_shared() -> bool:
-    """Whether the pipeline that is being built has a workspace."""
-    return _chosen.get() is not None
 
 
 def bring_model(address: Any) -> Any:
@@ -85,20 +73,3 @@ def bring_model(address: Any) -> Any:
     placement.moving(brought)
     placement.retry(brought)
     return brought.output
-
-
-def checkpoint(made: Any, name: str, address: str = "Output") -> Any:
-    """What tasks are given that read a checkpoint which another task made.
-
-    Args:
-        made: that task.
-        name: of the checkpoint among its outputs.
-        address: likewise, of its address.
-    """
-    if not is_shared():
-        return made.outputs[name]
-    shared = dsl.importer(
-        artifact_uri=made.outputs[address], artifact_class=dsl.Model, reimport=True, download_to_workspace=True
-    )
-    shared.set_caching_options(enable_caching=False)
-    return shared.output

@@ -90,6 +90,16 @@ def test_every_value_that_a_task_is_to_have_reaches_the_graph_it_is_in(
             assert wanted <= known, f"{task_name} in {name}"
 
 
+def test_an_importer_s_address_is_an_input_of_its_graph(spec: dict[str, Any]) -> None:
+    """Kubeflow's importer looks for it there, and nowhere else."""
+    importers = {name for name, it in spec["deploymentSpec"]["executors"].items() if "importer" in it}
+    for name, component in dags(spec):
+        for task_name, task in component["dag"]["tasks"].items():
+            if spec["components"][task["componentRef"]["name"]].get("executorLabel") in importers:
+                assert task["inputs"]["parameters"].keys() == {"uri"}, f"{task_name} in {name}"
+                assert "componentInputParameter" in task["inputs"]["parameters"]["uri"], f"{task_name} in {name}"
+
+
 def _inputs_of_a_pod(config: Any) -> Iterator[str]:
     if isinstance(config, dict):
         for key, value in config.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,3 +42,17 @@ def test_components_know_nothing_of_pipelines_and_the_command_line(path: Path) -
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert not [name for name in names if below(name, ("moeprune.pipelines", "moeprune.cli"))]
+
+
+def test_all_of_it_is_installed() -> None:
+    """Where the house stands as it is, in a clone, nothing would miss what an installation lacks."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    places = {"moeprune": LIBRARY} | {
+        name: ROOT / place for name, place in told["package-dir"].items() if name and "." in name
+    }
+    there = {
+        ".".join([name, *found.parent.relative_to(place).parts])
+        for name, place in places.items()
+        for found in place.rglob("__init__.py")
+    }
+    assert there == set(told["packages"])

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from moeprune.checkpoint.layout import experts_modules
 from moeprune.checkpoint.loading import Checkpoint
 from moeprune.checkpoint.surgery import apply
+from moeprune.errors import InputError
 from moeprune.methods import fuse_by_need, make_plan, sensitivity
 from moeprune.methods.base import Trial
 from moeprune.methods.fuse_by_need import need, share_out
@@ -71,6 +72,12 @@ class TestWhatIsMeasured:
         moved = moved_by(Trial(model, IDS_BS), {name: list(range(tiny.EXPERTS)) for name in experts_modules(model)})
         assert moved == dict.fromkeys(moved, 0.0)
 
+    def test_what_is_no_number_is_refused(self, model_of: ModelOf) -> None:
+        model = copy.deepcopy(model_of("qwen2_moe"))
+        model.get_output_embeddings().weight.data[0] = float("nan")
+        with pytest.raises(InputError, match="is no number"):
+            moved_by(Trial(model, IDS_BS), {next(iter(experts_modules(model))): [1, 1, *range(2, tiny.EXPERTS)]})
+
     def test_what_is_past_the_experts_stays_as_it_is(self) -> None:
         """As some routers send tokens nowhere."""
         index_TK = torch.tensor([[0, 3], [4, 2]])
@@ -109,9 +116,19 @@ class TestNeed:
         layer.top_k = 2
         assert list(np.isfinite(need(layer, 3, moved=1))) == [False, False, True, True, True]
 
-    def test_where_nothing_is_lost_none_is_needed_and_no_more_may_go(self, layer: LayerStats) -> None:
-        layer.sums["stand_in"] = exact(torch.tensor([[1.0, 0], [0, 1]]).double().repeat(2, 2) * 0)
-        assert list(need(layer, 2, moved=0.0)) == [np.inf, 0, 0, 0, 0]
+    def test_where_nothing_is_lost_none_is_needed(self, layer: LayerStats) -> None:
+        layer.sums["stand_in"] = exact(torch.zeros(4, 4, dtype=torch.float64))
+        assert list(need(layer, 2, moved=0.5)) == [np.inf, 0, 0, 0, 0]
+
+    def test_where_the_model_does_not_move_no_more_go_than_of_an_even_share(self, layer: LayerStats) -> None:
+        assert list(need(layer, 3, moved=0.0)) == [np.inf, np.inf, np.inf, 0, 0]
+
+    def test_of_each_group_of_the_router_as_many_stay(self, layer: LayerStats) -> None:
+        layer.groups = RouterGroups(count=2, chosen=1)
+        need_E = need(layer, 2, moved=0.5)  # one of each group: what is lost is 1 and 3
+        assert list(np.isfinite(need_E)) == [False, False, True, False, True]
+        assert need_E[2] == pytest.approx(0.5)
+        assert need_E[4] == 0
 
 
 class TestSharingOut:
@@ -159,7 +176,10 @@ class TestPlans:
         moved = {name: data.draw(st.floats(0, 9)) for name in stats.layers}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fuse_by_need, "moved_by", lambda trial, answers: moved)
-            plan = make_plan("fuse-by-need", float(ratio), stats, trial=lambda: Trial(None, IDS_BS))
+            plan, again = (
+                make_plan("fuse-by-need", float(ratio), stats, trial=lambda: Trial(None, IDS_BS)) for _ in range(2)
+            )
+        assert plan == again
         even = make_plan("fuse", float(ratio), stats)
         assert sum(len(it.keep) for it in plan.layers.values()) == sum(len(it.keep) for it in even.layers.values())
         for name, planned in plan.layers.items():

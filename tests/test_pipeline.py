@@ -41,7 +41,7 @@ GROUPS = {  # the compiler makes components of them
         "cluster",
         "global-prune",
         "condition-branches-2",
-        "importer",
+        "model-at",
         "evaluate",
         "promote",
     },
@@ -50,6 +50,7 @@ GROUPS = {  # the compiler makes components of them
     "condition-4": {"spread", "for-loop-3", "merge-distilled"},
     "for-loop-3": {"distill"},
     "condition-5": {"distill-on-nodes"},
+    "model-at": {"importer"},
 }
 IMPORTER = "importer"  # Kubeflow's own
 SIZES = ("cpus", "memory", "gpus")

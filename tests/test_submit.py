@@ -403,7 +403,7 @@ class TestWorkspaces:
         [
             (["--workspace", "big"], "of a size such as 200Gi, not 'big'"),
             (["--workspace", "1Gi", "--workspace-access", "Many"], "ReadWriteMany or ReadWriteOnce, not 'Many'"),
-            (["--workspace-class", "shared"], "whose size --workspace says"),
+            (["--workspace-class", "shared"], "a workspace has a size, too"),
         ],
     )
     def test_it_can_be_none(self, run_cli: Run, options: list[str], said: str) -> None:

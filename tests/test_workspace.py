@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import tiny
 import yaml  # type: ignore[import-untyped]  # kfp brings it
@@ -63,33 +65,33 @@ class TestCompiled:
             "runtimeValue": {"constant": "{{$.workspace_path}}"}
         }
 
-    def test_the_pruned_model_is_brought_once(self, documents: tuple[dict[str, Any], dict[str, Any]]) -> None:
-        spec = documents[0]
-        for name, task in _tasks(spec):
-            for given in task.get("inputs", {}).get("artifacts", {}).values():
-                key = given.get("componentInputArtifact", "") + given.get("taskOutputArtifact", {}).get(
-                    "outputArtifactKey", ""
-                )
-                assert not key.endswith("pruned"), f"{name} is given it by Kubeflow"
-        importers = [it["importer"] for it in spec["deploymentSpec"]["executors"].values() if "importer" in it]
-        assert importers
-        assert all(it["downloadToWorkspace"] for it in importers)
-
     def test_without_one_nothing_asks_for_it(self) -> None:
         for name in PIPELINES:
             text = compiled(name)
-            assert "downloadToWorkspace" not in text
+            assert "workspace" not in yaml.safe_load_all(text).__next__()["deploymentSpec"]
             assert "workspace_path" not in text
 
     def test_by_the_command_that_compiles(self, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "moeprune.pipelines.compile", str(tmp_path / "out"), "--workspace"]
         subprocess.run([*command, "200Gi", "--workspace-class", "shared"], check=True, capture_output=True)
         assert (tmp_path / "out/prune.yaml").read_text() == compiled("prune", workspace=VOLUME)
-        refused = subprocess.run([*command, "much"], check=False, capture_output=True, text=True)
-        assert refused.returncode == 2
-        assert "'much'" in refused.stderr
+        for wrong, said in ((["much"], "'much'"), (["", "--workspace-class", "shared"], "has a size, too")):
+            refused = subprocess.run([*command, *wrong], check=False, capture_output=True, text=True)
+            assert refused.returncode == 2
+            assert said in refused.stderr
 
-    @pytest.mark.parametrize("wrong", [{"size": ""}, {"size": "200 GB"}, {"size": "1Gi", "access_mode": "Many"}])
+    def test_what_brings_is_tried_again_and_is_nobody_s_root(
+        self, documents: tuple[dict[str, Any], dict[str, Any]]
+    ) -> None:
+        tasks, executors = dict(_tasks(documents[0])), documents[0]["deploymentSpec"]["executors"]
+        assert tasks["bring"]["retryPolicy"]["maxRetryCount"] == 2
+        assert executors["exec-bring"]["container"]["resources"]["resourceMemoryLimit"]
+        pods = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+        assert pods["exec-bring"]["securityContext"]["runAsNonRoot"]
+
+    @pytest.mark.parametrize(
+        "wrong", [{"size": ""}, {"size": "0Gi"}, {"size": "200 GB"}, {"size": "1Gi", "access_mode": "Many"}]
+    )
     def test_of_no_size_or_mode(self, wrong: dict[str, str]) -> None:
         with pytest.raises(InputError, match="a workspace"):
             Workspace(**wrong)
@@ -122,6 +124,27 @@ class TestBringing:
         second = places.brought(remote, tmp_path)
         assert second != first
         assert (Path(second) / "config.json").read_text() == "{}"
+
+    def test_what_a_killed_one_left_is_not_taken_for_it(self, remote: str, qwen: Path, tmp_path: Path) -> None:
+        now = Path(places.brought(remote, tmp_path)).parent
+        left = now.with_name(f".{now.name}.unfinished") / now.name
+        left.parent.mkdir()
+        now.rename(left)
+        (left / "model" / "model.safetensors.half").write_text("half")
+        (left / "model" / "config.json").unlink()
+        again = Path(places.brought(remote, tmp_path))
+        assert {p.name for p in again.iterdir()} == {p.name for p in qwen.iterdir()}
+        assert [p.name for p in now.parent.iterdir()] == [now.name]
+
+    def test_from_the_hub(self, qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def snapshot(repository: str, *, local_dir: Path, **_: object) -> str:
+            assert repository == "owner/name"
+            return str(shutil.copytree(qwen, local_dir))
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+        now = Path(places.brought("owner/name", tmp_path))
+        assert (now / "config.json").read_bytes() == (qwen / "config.json").read_bytes()
+        assert places.origin(str(now)) == "owner/name"
 
     def test_one_that_is_here_stays_where_it_is(self, qwen: Path, tmp_path: Path) -> None:
         for address in (str(qwen), places.REFERENCE_MODEL):
@@ -167,7 +190,7 @@ def test_a_run_reads_nothing_but_what_was_brought(client: Any, qwen: Path, tmp_p
         "evaluation_blocks": 8,
     }
 
-    steps = sweep(VOLUME)
+    steps = sweep()
 
     def around() -> Any:
         made = steps(**arguments | {"model": bring_model(address)})

@@ -14,8 +14,6 @@ def bring(model: str, workspace: str) -> str:
     Returns:
         Output: Where tasks read it from: a directory of the workspace; of a model that needs no bringing, its address.
     """
-    from pathlib import Path
+    from moeprune.steps.bring import bring as step
 
-    from moeprune import places
-
-    return places.brought(model, Path(workspace))
+    return step(model, workspace)

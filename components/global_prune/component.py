@@ -23,7 +23,7 @@ def global_prune(
     trial_blocks: int = 8,
     recovery_blocks: int = 128,
     trust_remote_code: bool = False,
-) -> str:
+) -> None:
     """Decide which experts of which layers stay, and write the model without the others.
 
     Args:
@@ -50,7 +50,6 @@ def global_prune(
         plan: What stays in each layer and why (JSON, to read, edit and replay).
         pruned: The pruned model, a Hugging Face checkpoint.
         baseline_models: The models pruned by the baselines, a directory each; empty where none was asked for.
-        Output: Where the pruned model is.
     """
     from moeprune.steps import prune as step
 
@@ -79,4 +78,3 @@ def global_prune(
     plan.metadata.update(facts)
     pruned.metadata.update(facts, framework="transformers", parameters=made.parameters)
     baseline_models.metadata.update(methods=", ".join(baselines), ratio=made.plan.ratio)
-    return pruned.uri

@@ -8,13 +8,14 @@ address.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from moeprune import s3
-from moeprune.atomic import build_beside, refuse_unwritable
+from moeprune.atomic import continue_beside, refuse_unwritable
 from moeprune.checkpoint.byte_sources import ByteSource
 from moeprune.checkpoint.targets import LocalTarget, Target
 from moeprune.errors import InputError, ServiceError, in_one_line
@@ -92,19 +93,25 @@ def local_file(address: str) -> Iterator[Path]:
 def brought(address: str, workspace: Path) -> str:
     """Bring a model from S3 or the hub to below a directory, if this version of it is not there yet.
 
+    Whoever is killed at it leaves nothing that the next one takes for the model, and no room taken. Whatever an id of
+    the hub stands for is one version.
+
     Returns:
         The directory that it is in now; the address itself, of a model that needs no bringing.
 
     Raises:
-        as `local_model`.
+        InputError: as `local_model`; or another process is at it.
+        ServiceError: as `local_model`.
     """
     if not (is_remote(address) or is_on_hub(address)):
         with local_model(address):
             return address
-    now = workspace / "models" / hashlib.sha256(version(address).encode()).hexdigest()[:16]
+    job = hashlib.sha256(version(address).encode()).hexdigest()[:16]
+    now = workspace / "models" / job
     model = now / PurePosixPath(address).name
     if not now.exists():
-        with build_beside(now) as beside:
+        with continue_beside(now, job) as beside:
+            shutil.rmtree(beside / model.name, ignore_errors=True)
             (beside / _ORIGIN).write_text(address, encoding="utf-8")
             if is_remote(address):
                 s3.download(address, beside / model.name)

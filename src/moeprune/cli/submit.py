@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moeprune.cli.app import app, console
 from moeprune.errors import InputError
+
+if TYPE_CHECKING:
+    from moeprune.pipelines.workspace import Workspace
 
 
 @app.command()
@@ -40,14 +43,18 @@ def submit(
         str,
         typer.Option(
             metavar="SIZE",
-            help="of a volume that the tasks of the run share, such as 200Gi, so that each checkpoint is brought from "
-            "where it lies once; default: none (docs/cluster.md)",
+            help="of a volume that the tasks of the run share, such as 200Gi, so that the model is brought from where "
+            "it lies once; default: none (docs/cluster.md)",
         ),
     ] = "",
     workspace_class: Annotated[str, typer.Option(metavar="NAME", help="storage class of that volume")] = "",
     workspace_access: Annotated[
-        str, typer.Option(metavar="MODE", help="of that volume; ReadWriteOnce where a run has but one node")
-    ] = "ReadWriteMany",
+        str,
+        typer.Option(
+            metavar="MODE",
+            help="of that volume: ReadWriteMany, or ReadWriteOnce where a run has but one node; default: the first",
+        ),
+    ] = "",
     host: Annotated[
         str,
         typer.Option(
@@ -110,10 +117,9 @@ def submit(
     from moeprune.pipelines.submission.following import follow
     from moeprune.pipelines.submission.server import Address, Server
     from moeprune.pipelines.submission.submitting import check_namespace, start, upload
+    from moeprune.pipelines.workspace import Workspace
 
-    if not workspace and workspace_class:
-        raise InputError("--workspace-class is of a volume whose size --workspace says")
-    compiled = _package(pipeline, package, image, (workspace, workspace_class, workspace_access))
+    compiled = _package(pipeline, package, image, Workspace.of(workspace, workspace_class, workspace_access))
     values = parameter_file.read(parameters) if parameters else {}
     values |= parameter_file.parse(settings or [], compiled.parameters)
     values = compiled.checked(values)
@@ -161,13 +167,12 @@ def _say(kind: str, text: str) -> None:
     console.print(f"{kind:<12}{text}", highlight=False, markup=False)
 
 
-def _package(pipeline: str, file: Path | None, image: str, volume: tuple[str, str, str]) -> Any:
+def _package(pipeline: str, file: Path | None, image: str, workspace: Workspace | None) -> Any:
     from moeprune.pipelines.compile import PIPELINES, compiled
     from moeprune.pipelines.submission.package import Package
-    from moeprune.pipelines.workspace import Workspace
 
     if file is not None:
-        if image or volume[0]:
+        if image or workspace:
             raise InputError(
                 "a compiled pipeline has its image and its workspace already: leave those out, or --package"
             )
@@ -180,7 +185,7 @@ def _package(pipeline: str, file: Path | None, image: str, volume: tuple[str, st
     if pipeline not in PIPELINES:
         raise InputError(f"there is no pipeline {pipeline}; there are {', '.join(PIPELINES)}")
     chosen = {"image": image} if image else {}
-    return Package.parse(compiled(pipeline, workspace=Workspace(*volume) if volume[0] else None, **chosen))
+    return Package.parse(compiled(pipeline, workspace=workspace, **chosen))
 
 
 def _check(pipeline: str, arguments: dict[str, Any]) -> None:

@@ -44,7 +44,8 @@ def answers(stands_for: Mapping[int, list[int]], experts: int) -> list[int]:
 
 
 def need(layer: LayerStats, even: int, moved: float) -> np.ndarray[Any, Any]:
-    """What a layer is taken to need with so many experts, `[E + 1]`; infinite with fewer than can run for a token.
+    """What a layer is taken to need with so many experts, `[E + 1]`; infinite with fewer than can run for a token, and,
+    where the model does not move, with fewer than an even share.
 
     Args:
         even: how many it would have if all layers lost the same.
@@ -54,9 +55,9 @@ def need(layer: LayerStats, even: int, moved: float) -> np.ndarray[Any, Any]:
     lost_E = np.full(layer.experts + 1, np.inf)
     lost_E[:: len(groups)] = np.sum([lost_by_count(loss_EE[group, group]) for group in groups], axis=0)
     lost_E[: layer.groups.least_kept(layer.top_k)] = np.inf
-    if not lost_E[even]:  # nothing is known of how much it would be to lose anything here
-        return np.where(lost_E > 0, np.inf, 0.0)
     can_E = np.isfinite(lost_E)
+    if not moved or not lost_E[even]:  # nothing is known of how much it would be to lose more than that
+        return np.where(can_E & (lost_E <= lost_E[even]), 0.0, np.inf)
     lost_E[can_E] = moved * (lost_E[can_E] / lost_E[even]) ** _RECOVERY
     return lost_E
 

@@ -26,9 +26,8 @@ def choose(loss_NN: np.ndarray[Any, Any], count: int) -> list[int]:
 
 
 def lost_by_count(loss_NN: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """What is lost with so many medoids, `[N + 1]`, by removal alone; infinite without any.
-
-    It never rises with their number, and takes no longer than one choice.
+    """What is lost with so many medoids, `[N + 1]`, by removal alone; infinite without any. It never rises with their
+    number.
     """
     lost = [_total(loss_NN, stay) for stay in _removed_one_by_one(loss_NN)]
     return np.array([np.inf, *reversed(lost)])

@@ -5,10 +5,12 @@ Axes: T tokens, K experts per token, E experts, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
+from moeprune.errors import InputError
 from moeprune.methods.base import Trial
 from moeprune.progress import progress
 from moeprune.statistics.observer import ExpertsCall, intercept
@@ -22,6 +24,9 @@ def moved_by(trial: Trial, answers: Mapping[str, Sequence[int]]) -> dict[str, fl
 
     Returns:
         experts module -> the Kullback-Leibler divergence from what the model says, nats per token, mean over the trial.
+
+    Raises:
+        InputError: what the model says is no number.
     """
     moved = dict.fromkeys(answers, 0.0)
     with progress("layers by need") as on_layer:
@@ -31,6 +36,8 @@ def moved_by(trial: Trial, answers: Mapping[str, Sequence[int]]) -> dict[str, fl
                 now_TV = _says(trial, ids_S, layer, answers_E)
                 moved[layer] += float((whole_TV.exp() * (whole_TV - now_TV)).sum(-1).mean()) / len(trial.ids_BS)
                 on_layer(number * len(answers) + place + 1, len(trial.ids_BS) * len(answers))
+    if wrong := [layer for layer, by in moved.items() if not math.isfinite(by)]:
+        raise InputError(f"what the model says when experts of {wrong[0]} answer for others is no number")
     return moved
 
 
