@@ -61,7 +61,7 @@ def estimate(
         int, typer.Option(help="blocks to try decisions on (cd-moe, fuse-by-need)")
     ] = Work.trial_blocks,
     recovery_blocks: Annotated[
-        int, typer.Option(help="blocks to fit what stays on, where the method asks for that (fuse)")
+        int, typer.Option(help="blocks to fit what stays on, where the method asks for that (fuse, ...)")
     ] = Work.recovery_blocks,
     how: Annotated[
         str, typer.Option(help=f"to distill: {LAYER_LOCAL}, a layer at a time, or {END_TO_END}, the whole model")

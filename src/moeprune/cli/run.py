@@ -96,7 +96,7 @@ def run(
         int, typer.Option(min=1, help="blocks to try decisions on at most (cd-moe, fuse-by-need)")
     ] = 8,
     recovery_blocks: Annotated[
-        int, typer.Option(min=1, help="blocks to fit what stays on at most, where the method asks for that (fuse)")
+        int, typer.Option(min=1, help="blocks to fit what stays on at most, where the method asks for that (fuse, ...)")
     ] = 128,
     cluster_similarity: Annotated[str, typer.Option(help=SIMILARITY_HELP)] = "outputs",
     cluster_algorithm: Annotated[str, typer.Option(help=ALGORITHM_HELP)] = "ward",
