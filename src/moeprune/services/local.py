@@ -122,7 +122,11 @@ def _start_missing(state: Path, mlflow_port: int, s3_port: int, keep: bool) -> S
 
 def _await_answer(server: Server, probe: Callable[[], str | None]) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while (problem := probe()) is not None:
+    while True:
+        with deferred():  # what a signal raises amid an import, and a probe may import much, can get lost there
+            problem = probe()
+        if problem is None:
+            return
         if not server.alive:
             raise ServiceError(f"the {server.name} server ended while it started; {last_words(server)}")
         if time.monotonic() > deadline:
