@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from test_sweep import Heard
 from moeprune import places, s3
 from moeprune.errors import InputError
 from moeprune.evaluation.report import Report
-from moeprune.pipelines.compile import PIPELINES, compiled
+from moeprune.pipelines.compile import PIPELINES, compiled, main
 from moeprune.pipelines.local_run import run_locally
 from moeprune.pipelines.sweep import Outputs, sweep
 from moeprune.pipelines.workspace import Workspace, bring_model
@@ -71,14 +70,24 @@ class TestCompiled:
             assert "workspace" not in yaml.safe_load_all(text).__next__()["deploymentSpec"]
             assert "workspace_path" not in text
 
-    def test_by_the_command_that_compiles(self, tmp_path: Path) -> None:
-        command = [sys.executable, "-m", "moeprune.pipelines.compile", str(tmp_path / "out"), "--workspace"]
-        subprocess.run([*command, "200Gi", "--workspace-class", "shared"], check=True, capture_output=True)
-        assert (tmp_path / "out/prune.yaml").read_text() == compiled("prune", workspace=VOLUME)
-        for wrong, said in ((["much"], "'much'"), (["", "--workspace-class", "shared"], "has a size, too")):
-            refused = subprocess.run([*command, *wrong], check=False, capture_output=True, text=True)
-            assert refused.returncode == 2
-            assert said in refused.stderr
+    def test_by_the_command_that_compiles(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            sys, "argv", ["compile", str(tmp_path), "--workspace", "200Gi", "--workspace-class", "shared"]
+        )
+        main()
+        assert (tmp_path / "prune.yaml").read_text() == compiled("prune", workspace=VOLUME)
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [(["--workspace", "much"], "'much'"), (["--workspace-class", "shared"], "has a size, too")],
+    )
+    def test_it_refuses_what_is_none(
+        self, options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["compile", "out", *options])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert said in capsys.readouterr().err
 
     def test_what_brings_is_tried_again_and_is_nobody_s_root(
         self, documents: tuple[dict[str, Any], dict[str, Any]]
