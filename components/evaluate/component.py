@@ -68,6 +68,6 @@ def evaluate(
     metrics.log_metric("accuracy_share", best.quality[measured.domain].accuracy)
     metrics.log_metric("size_on_disk_share", measured.bytes_ratio(best))
     metrics.log_metric("throughput_share", measured.speed_ratio(best))
-    if plan := step.plan_in(pruned.path):  # the artifact may have come by an importer, which knows nothing of it
+    if plan := step.plan_in(pruned.path):  # the checkpoint knows, however its artifact came here
         report.metadata.update(method=plan.method, ratio=plan.ratio)
     report.metadata.update(domain=measured.domain, candidates=", ".join(c.name for c in measured.candidates))
