@@ -220,14 +220,10 @@ class TestComponents:
         calls = called("distill_end_to_end", SimpleNamespace(curve={1: 0.5, 7: 0.4}))
         student, plan, distilled = Artifact("student", method="m"), Artifact("plan"), Artifact("distilled")
         options = {"train": "all", "text_field": "body", "block_tokens": 3, "max_blocks": 4, "trust_remote_code": True}
+        asked = {"teacher": "M", "student": student, "plan": plan, "data": "D", "distilled": distilled}
+        asked |= {"nodes": 3, "volume": "work"}
         where = distill_on_nodes.python_func(
-            teacher="M",
-            student=student,
-            plan=plan,
-            data="D",
-            distilled=distilled,
-            nodes=3,
-            volume="work",
+            **asked,
             volume_path=str(tmp_path),
             gpus_per_node=8,
             node_options={"memory": "64Gi"},
@@ -244,16 +240,7 @@ class TestComponents:
         assert distilled.metadata == {"method": "m", "optimizer_steps": 7}
         assert where == "s3://bucket/distilled"
         with pytest.raises(InputError, match="memori: not known"):
-            distill_on_nodes.python_func(
-                teacher="M",
-                student=student,
-                plan=plan,
-                data="D",
-                distilled=distilled,
-                nodes=3,
-                volume="work",
-                node_options={"memori": "64Gi"},
-            )
+            distill_on_nodes.python_func(**asked, node_options={"memori": "64Gi"})
 
     def test_compare(self, called: Callable[..., list[dict[str, Any]]]) -> None:
         calls = called("compare", SimpleNamespace(domain="law", front=[SimpleNamespace(name="reap 0.25")]))
