@@ -40,7 +40,7 @@ def model_at(address: str) -> dsl.Model:
     """Make an artifact of an address again.
 
     A pipeline of its own: a cluster looks for an importer's address among the inputs of the graph that it is in, and
-    nowhere else.
+    nowhere else. Built at once, since none can be built while another is.
     """
     imported = dsl.importer(artifact_uri=address, artifact_class=dsl.Model, reimport=True)
     imported.set_caching_options(enable_caching=False)

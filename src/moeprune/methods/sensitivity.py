@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch.nn.functional import kl_div
 
 from moeprune.errors import InputError
 from moeprune.methods.base import Trial
@@ -34,7 +35,8 @@ def moved_by(trial: Trial, answers: Mapping[str, Sequence[int]]) -> dict[str, fl
             whole_TV = _says(trial, ids_S)
             for place, (layer, answers_E) in enumerate(answers.items()):
                 now_TV = _says(trial, ids_S, layer, answers_E)
-                moved[layer] += float((whole_TV.exp() * (whole_TV - now_TV)).sum(-1).mean()) / len(trial.ids_BS)
+                by = kl_div(now_TV, whole_TV, log_target=True, reduction="batchmean")
+                moved[layer] += float(by) / len(trial.ids_BS)
                 on_layer(number * len(answers) + place + 1, len(trial.ids_BS) * len(answers))
     if wrong := [layer for layer, by in moved.items() if not math.isfinite(by)]:
         raise InputError(f"what the model says when experts of {wrong[0]} answer for others is no number")
