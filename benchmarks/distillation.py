@@ -2,14 +2,14 @@
 
     python benchmarks/distillation.py [--model M --domain NAME=TRAIN,HELD ...] [--method METHOD[:OPTION=VALUE,...] ...]
         [--ratio 0.5] [--calibration-blocks 64] [--blocks 128] [--held-blocks 16] [--end-to-end METHOD]
-        [--set NAME=VALUE ...] [--then NAME=VALUE ...] [--state DIR]
+        [--set NAME=VALUE ...] [--then NAME=VALUE ... [--then-blocks 128]] [--state DIR]
 
 Each step is the command that a user runs, in a process of its own: calibrate, plan make, apply, recover where the plan
 asks for it, distill. Won back is the share of the increase of the held-out loss, mean over the domains, that
-distillation takes away. With --then, what came of it is distilled further, end to end, with these options. With
---end-to-end, that method's plan is also distilled end to end, on the same text, as often, and with the same parts
-learning, which is what the rates are compared by. What is made stays below --state: the same command goes on where it
-was stopped.
+distillation takes away. With --then, what came of it is distilled further, end to end, with these options, on
+--then-blocks of the same text, of which the first are those of before. With --end-to-end, that method's plan is also
+distilled end to end, on the same text, as often, and with the same parts learning, which is what the rates are compared
+by. What is made stays below --state: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -109,18 +109,16 @@ class Bench:
         self._once(recovered, "recover", "--model", model, "--pruned", cut, "--plan", plan, *text)
         return recovered, plan
 
-    def distilled(self, row: Row, student: Path, plan: Path, how: str, *more: str) -> tuple[Path, Ran]:
+    def distilled(self, row: Row, student: Path, plan: Path, how: str, blocks: int, *more: str) -> tuple[Path, Ran]:
         options = self._options
-        parts = [how, "of", student.name, str(options.blocks), *(part.strip("-") for part in more)]
+        parts = [how, "of", student.name, str(blocks), *(part.strip("-") for part in more)]
         out = self._of(row, "-".join(parts))
-        text = ("--data", self._train, "--block-tokens", options.block_tokens, "--max-blocks", options.blocks)
+        text = ("--data", self._train, "--block-tokens", options.block_tokens, "--max-blocks", blocks)
         given = ("--teacher", options.model, "--student", student, "--plan", plan, "--how", how, *text, *more)
         return out, self._once(out, "distill", *given)
 
-    @property
-    def tokens(self) -> int:
-        """That are trained on in an epoch."""
-        blocks: int = self._options.blocks
+    def tokens(self, blocks: int) -> int:
+        """That are trained on in an epoch, of so many blocks."""
         return (blocks - max(1, blocks // HELD_OUT)) * int(self._options.block_tokens)
 
     def _of(self, row: Row, what: str) -> Path:
@@ -138,14 +136,15 @@ class Bench:
         return ran
 
 
-def compare(bench: Bench, row: Row, settings: list[str], then: list[str]) -> list[dict[str, Any]]:
+def compare(bench: Bench, row: Row, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The method's plan distilled layer by layer, and, where there is more to do, that end to end."""
     student, plan = bench.pruned(row)
     before = bench.judged(student)
-    out, ran = bench.distilled(row, student, plan, "layer-local", *settings)
+    out, ran = bench.distilled(row, student, plan, "layer-local", options.blocks, *_given(options.set))
     rows = [_compared(row.label, before, bench.judged(out), ran)]
-    if then:
-        further, ran_further = bench.distilled(row, out, plan, "end-to-end", *then)
+    if options.then:
+        blocks = options.then_blocks or options.blocks
+        further, ran_further = bench.distilled(row, out, plan, "end-to-end", blocks, *_given(options.then))
         rows.append(_compared(f"{row.label}, then end to end", before, bench.judged(further), ran_further))
     return rows
 
@@ -175,15 +174,16 @@ def _row(raw: dict[str, Any], original: Judged) -> dict[str, str]:
     }
 
 
-def rates(bench: Bench, row: Row) -> tuple[str, dict[str, Any]]:
+def rates(bench: Bench, row: Row, blocks: int) -> tuple[str, dict[str, Any]]:
     """Layer-local beside end to end: the same parts, the same text, as often."""
     student, plan = bench.pruned(row)
     epochs = str(Settings.epochs)
-    _, ours = bench.distilled(row, student, plan, "layer-local", "--epochs", epochs)
-    _, theirs = bench.distilled(row, student, plan, "end-to-end", "--epochs", epochs, "--evaluations", "1")
-    tokens = bench.tokens * Settings.epochs
+    _, ours = bench.distilled(row, student, plan, "layer-local", blocks, "--epochs", epochs)
+    _, theirs = bench.distilled(row, student, plan, "end-to-end", blocks, "--epochs", epochs, "--evaluations", "1")
+    once = bench.tokens(blocks)
+    tokens = once * Settings.epochs
     told = (
-        f"{Settings.epochs} epochs of {row.label}'s experts and routers over {bench.tokens:,} tokens, whole commands: "
+        f"{Settings.epochs} epochs of {row.label}'s experts and routers over {once:,} tokens, whole commands: "
         f"layer-local {tokens / ours.seconds:,.0f} tokens/s and {ours.peak_bytes / 2**20:,.0f} MiB, end to end "
         f"{tokens / theirs.seconds:,.0f} tokens/s and {theirs.peak_bytes / 2**20:,.0f} MiB: layer-local is "
         f"{theirs.seconds / ours.seconds:.2f} times as fast, in {ours.peak_bytes / theirs.peak_bytes:.0%} of the "
@@ -192,9 +192,9 @@ def rates(bench: Bench, row: Row) -> tuple[str, dict[str, Any]]:
     return told, {"layer_local": _took(ours), "end_to_end": _took(theirs)}
 
 
-def _options(given: list[str]) -> list[str]:
+def _given(options: list[str]) -> list[str]:
     """NAME=VALUE as a command takes it."""
-    return [part for one in given for part in (f"--{one.partition('=')[0]}", one.partition("=")[2])]
+    return [part for one in options for part in (f"--{one.partition('=')[0]}", one.partition("=")[2])]
 
 
 def main() -> None:
@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument(
         "--then", action="append", default=[], metavar="NAME=VALUE", help="and then end to end with these"
     )
+    parser.add_argument("--then-blocks", type=int, help="to go on with, an eighth of them held out; default: --blocks")
     parser.add_argument("--state", type=Path, default=Path(".moeprune/distillation"))
     parser.add_argument("--name", default="", help="of the results; by default the model's")
     options = parser.parse_args()
@@ -219,19 +220,19 @@ def main() -> None:
     domains = [Domain.parse(text) for text in options.domain] or BUILTIN
     bench = Bench(options, domains)
     original = bench.original()
-    settings, then = _options(options.set), _options(options.then)
-    raws = [raw for method in options.method or _METHODS for raw in compare(bench, Row.parse(method), settings, then)]
+    raws = [raw for method in options.method or _METHODS for raw in compare(bench, Row.parse(method), options)]
+    further = f", then on {options.then_blocks} ({bench.tokens(options.then_blocks):,})" if options.then_blocks else ""
     notes = (
         f"{options.ratio:.0%} removed; calibrated on {options.calibration_blocks} blocks of {options.block_tokens} "
-        f"tokens, distilled on {options.blocks} ({bench.tokens:,} tokens trained on, the rest held out), judged on "
-        f"{options.held_blocks} blocks of each domain. The original's loss is {original.loss:.3f}; the columns say how "
-        "far above it the loss is, mean over the domains, nats per token. It predicts "
-        f"{original.accuracy:.1%} of the next tokens right; accuracy is given as a share of that. CPU seconds "
+        f"tokens, distilled on {options.blocks} ({bench.tokens(options.blocks):,} tokens trained on, the rest held "
+        f"out){further}, judged on {options.held_blocks} blocks of each domain. The original's loss is "
+        f"{original.loss:.3f}; the columns say how far above it the loss is, mean over the domains, nats per token. It "
+        f"predicts {original.accuracy:.1%} of the next tokens right; accuracy is given as a share of that. CPU seconds "
         "and memory are of the whole command, each row's own."
     )
     raw: dict[str, Any] = {"original": asdict(original), "methods": raws}
     if options.end_to_end:
-        told, raw["rates"] = rates(bench, Row.parse(options.end_to_end))
+        told, raw["rates"] = rates(bench, Row.parse(options.end_to_end), options.blocks)
         notes += f"\n\n{told}"
     name = options.name or Path(options.model.removeprefix("builtin://")).name
     title, rows = f"What distillation wins back on {name}", [_row(one, original) for one in raws]

@@ -246,6 +246,11 @@ class TestLongTexts:
         blocks = read(path, tokenizer)
         assert blocks.ids_BS.flatten().tolist() == stream(tokenizer, [" ".join(DOCUMENTS)])[: blocks.tokens]
 
+    @pytest.mark.parametrize("name", ["long.txt", "long.jsonl"])
+    def test_documents_are_whole(self, name: str, tmp_path: Path) -> None:
+        path = write(tmp_path / name, long := [" ".join(DOCUMENTS)] if name.endswith("txt") else DOCUMENTS)
+        assert list(texts.read_documents(f"{path},{path}")) == long * 2
+
     def test_a_text_without_spaces_is_cut_anywhere(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         path = tmp_path / "long.txt"
         path.write_text("ab" * 500)

@@ -121,6 +121,17 @@ def read_blocks(
     )
 
 
+def read_documents(address: str, text_field: str = "text") -> Iterator[str]:
+    """The documents whole, source by source, whatever the sources' weights. Raises as `read_blocks` does."""
+    for source in parse_sources(address):
+        pieces: list[str] = []
+        for text, is_last in _pieces(source.address, text_field):
+            pieces.append(text)
+            if is_last:
+                yield "".join(pieces)
+                pieces = []
+
+
 def check_sequences(kind: str) -> None:
     """Raises InputError for an unknown kind."""
     if kind not in SEQUENCES:
