@@ -37,9 +37,9 @@ class Top:
 
     @classmethod
     def of(cls, logits_BSV: torch.Tensor, objective: Objective) -> Top:
-        log_share_BSV = (logits_BSV.float() / objective.temperature).log_softmax(-1)
-        top = log_share_BSV.topk(min(objective.teacher_top, logits_BSV.shape[-1]), dim=-1)
-        return cls(top.indices.to(torch.int32), top.values)
+        scaled_BSV = logits_BSV.float() / objective.temperature
+        top = scaled_BSV.topk(min(objective.teacher_top, logits_BSV.shape[-1]), dim=-1)
+        return cls(top.indices.to(torch.int32), top.values - scaled_BSV.logsumexp(-1, keepdim=True))
 
 
 @dataclass(frozen=True)

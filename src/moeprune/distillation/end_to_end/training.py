@@ -188,7 +188,7 @@ def _arguments(job: Job, text: Text) -> TrainingArguments:
         logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
     )
 
 
