@@ -21,6 +21,7 @@ from continuations import Question, questions
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from measuring import publish
 from quality_table.texts import BUILTIN, Domain
 
@@ -61,7 +62,10 @@ def answer(address: str, asked: dict[str, list[Question]], batch: int) -> dict[s
         checkpoint = Checkpoint(directory)
         model = HFLM(pretrained=checkpoint.load().eval(), tokenizer=checkpoint.tokenizer(), batch_size=batch)
         found = lm_eval.simple_evaluate(
-            model, tasks=[_task(name, some) for name, some in asked.items()], bootstrap_iters=0
+            model,
+            tasks=[_task(name, some) for name, some in asked.items()],
+            task_manager=TaskManager(include_defaults=False),  # which would read the files of thousands
+            bootstrap_iters=0,
         )
     by_domain: dict[str, list[Any]] = found["samples"]
     return {

@@ -19,6 +19,7 @@ from training import TEXT, Pair, in_processes, make_pair, same, unheard
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from moeprune.checkpoint.loading import Checkpoint
+from moeprune.distillation import losses
 from moeprune.distillation.end_to_end.inner import watching
 from moeprune.distillation.end_to_end.keeping import Keeping
 from moeprune.distillation.end_to_end.modes import learn_as_used
@@ -80,6 +81,21 @@ def test_cross_entropy_is_that_of_the_next_tokens() -> None:
     logits_BSV, ids_BS = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
     each = [-logits_BSV[b, s].log_softmax(0)[ids_BS[b, s + 1]] for b in range(2) for s in range(4)]
     assert cross_entropy(logits_BSV, ids_BS).item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
+
+
+def test_some_tokens_at_a_time_give_the_error_and_gradient_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_BSV, ids_BS = torch.randn(2, 5, 7, requires_grad=True), torch.randint(0, 7, (2, 5))
+    share, top = torch.randn(10, 7).softmax(-1).topk(3)
+
+    def both() -> tuple[float, torch.Tensor]:
+        error = cross_entropy(logits_BSV, ids_BS) + divergence(logits_BSV.flatten(0, 1), top, share.log(), 2.0)
+        return error.item(), torch.autograd.grad(error, logits_BSV)[0]
+
+    whole, gradient = both()
+    monkeypatch.setattr(losses, "_TOKENS_AT_ONCE", 3)
+    in_parts, gradient_in_parts = both()
+    assert in_parts == pytest.approx(whole, rel=1e-6)
+    assert torch.allclose(gradient_in_parts, gradient, atol=1e-7)
 
 
 # What is measured of layers
