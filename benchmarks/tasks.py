@@ -31,6 +31,7 @@ from moeprune.steps.machine import quieten
 from moeprune.texts import read_documents
 
 _METRIC = "acc_norm"
+_LEAST_QUESTIONS = 2  # of which an error can be told
 
 
 def main() -> None:
@@ -43,8 +44,14 @@ def main() -> None:
     options = parser.parse_args()
     quieten()
     domains = [Domain.parse(text) for text in options.domain] or BUILTIN
+    models = dict(one.partition("=")[::2] for one in options.model)
+    if not all(models.values()):
+        parser.error("--model takes NAME=CHECKPOINT")
     asked = {domain.name: questions(list(read_documents(domain.held)), options.questions) for domain in domains}
-    models = dict(one.split("=", 1) for one in options.model)
+    if few := [name for name, some in asked.items() if len(some) < _LEAST_QUESTIONS]:
+        parser.error(
+            f"the held-out text of {few[0]} makes less than {_LEAST_QUESTIONS} questions; ask more, of more text"
+        )
     right = {name: answer(address, asked, options.batch) for name, address in models.items()}
     original = next(iter(right.values()))
     rows = [_row(name, found, original) for name, found in right.items()]

@@ -23,9 +23,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 Command = Callable[..., int]
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+pytestmark = pytest.mark.usefixtures("_benchmarks_can_be_imported")
 
 
 @pytest.fixture

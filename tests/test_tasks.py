@@ -18,14 +18,11 @@ from moeprune.checkpoint.loading import Checkpoint
 if TYPE_CHECKING:
     from continuations import Question
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 WORDS = st.lists(st.tuples(st.sampled_from([" ", "\n", "\n    "]), st.sampled_from("abcdefghijklmn")), max_size=150)
 DOCUMENTS = st.lists(WORDS.map(lambda words: "".join(space + word for space, word in words)), max_size=3)
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+pytestmark = pytest.mark.usefixtures("_benchmarks_can_be_imported")
 
 
 @given(DOCUMENTS, st.integers(0, 6), st.integers(0, 3))
@@ -74,6 +71,27 @@ def test_models_are_asked_and_compared(qwen: Path, tmp_path: Path, monkeypatch: 
     assert found["original"] == found["the same"] == {"law": answered_by_hand(qwen, questions([text], 20))}
     assert len(set(found["original"]["law"])) == 2
     assert "| 100.0% ± 0.0% |" in (tmp_path / "tasks-reference.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [("--model=nameless", "--model takes NAME=CHECKPOINT"), ("--questions=1", "of law makes less than 2 questions")],
+)
+def test_what_cannot_be_asked(
+    option: str,
+    told: str,
+    qwen: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import tasks
+
+    held = tiny.write_jsonl(tmp_path / "held.jsonl", [" ".join(tiny.sentences(1, 60))])
+    monkeypatch.setattr(sys, "argv", ["tasks.py", f"--model=original={qwen}", f"--domain=law={held},{held}", option])
+    with pytest.raises(SystemExit):
+        tasks.main()
+    assert told in capsys.readouterr().err
 
 
 @torch.no_grad()

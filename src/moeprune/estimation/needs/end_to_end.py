@@ -12,7 +12,7 @@ from moeprune.estimation.needs.case import FLOAT32, Case, converting, forward, w
 from moeprune.estimation.needs.need import Need, Phase
 
 _MOMENTS = 2
-_LOGITS = 4  # times that all logits are there in float32: of both models, as shares, and their gradients
+_LOGITS = 4  # times that all logits are there in float32: of both models, and the gradients of two errors
 _ADVICE = "more processes (--distillation-processes) share it, or distill layer by layer"
 
 
