@@ -18,7 +18,8 @@ from moeprune.checkpoint.loading import Checkpoint
 if TYPE_CHECKING:
     from continuations import Question
 
-WORDS = st.lists(st.tuples(st.sampled_from([" ", "\n", "\n    "]), st.sampled_from("abcdefghijklmn")), max_size=150)
+WORD = st.tuples(st.sampled_from([" ", "\n", "\n    "]), st.sampled_from("abcdefghijklmn"))
+WORDS = st.integers(0, 80).flatmap(lambda count: st.lists(WORD, min_size=count, max_size=count))
 DOCUMENTS = st.lists(WORDS.map(lambda words: "".join(space + word for space, word in words)), max_size=3)
 
 
